@@ -1,0 +1,1 @@
+"""The service beside the PACS: receives studies, builds and delivers reports. Never imports torch."""

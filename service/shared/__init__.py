@@ -1,0 +1,1 @@
+"""What both programs agree on: settings, database, audit, messages. A leaf: it imports neither."""

@@ -1,0 +1,350 @@
+"""config.toml and the environment -> frozen settings. Read once, in the entry points.
+
+Every key has its unit in its name or its comment in config.toml; an unknown key is refused by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+ENVIRONMENT_PREFIX = "MEDPRUNER__"
+
+# PS3.5 6.2, AE: 1 to 16 characters of the default repertoire, no backslash, no leading or trailing space
+AETitle = Annotated[str, Field(max_length=16, pattern=r"^[!-\[\]-~]([ -\[\]-~]*[!-\[\]-~])?$")]
+
+
+class ConfigurationError(Exception):
+    """The configuration cannot be used; the message names the key and the remedy, one fault per line."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(Section):
+    path: Path = Path("var")
+
+
+class ScpSettings(Section):
+    ae_title: AETitle = "MEDPRUNER"
+    host: str = "127.0.0.1"
+    port: int = Field(11112, ge=0, le=65535)
+    max_pdu_bytes: int = Field(131072, ge=4096, le=1048576)
+    max_associations: int = Field(64, ge=1)
+    idle_timeout_s: float = Field(30, gt=0)
+    accept_unknown_sources: bool = False
+
+
+class SourceSettings(Section):
+    ae_title: AETitle
+    host: str | None = None
+    quiet_period_s: float | None = Field(None, gt=0)
+
+
+class SpoolSettings(Section):
+    path: Path | None = None
+    keep_days: float = Field(3, ge=0)
+    min_free_gb: float = Field(5, ge=0)
+
+
+class AssemblySettings(Section):
+    quiet_period_s: float = Field(60, gt=0)
+    max_open_s: float = Field(5400, gt=0)
+    sweep_s: float = Field(2, gt=0)
+
+
+class DatabaseSettings(Section):
+    url: SecretStr = SecretStr("")
+
+
+class QueueSettings(Section):
+    url: SecretStr = SecretStr("")
+    name: str = "medpruner"
+    hard_time_limit_s: int = Field(1800, ge=1)
+    visibility_timeout_s: int = Field(2400, ge=2)
+    lease_s: float = Field(60, gt=0)
+    max_attempts: int = Field(3, ge=1)
+    ring_again_s: float = Field(30, gt=0)
+
+    @model_validator(mode="after")
+    def redelivery_waits_for_the_time_limit(self) -> QueueSettings:
+        if self.visibility_timeout_s <= self.hard_time_limit_s:
+            raise ValueError(
+                "visibility_timeout_s must be above hard_time_limit_s, else Redis delivers running work again"
+            )
+        return self
+
+
+class ModelSettings(Section):
+    path: str = "demo"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    max_new_tokens: int = Field(512, ge=1)
+    threads: int = Field(0, ge=0)
+
+
+class PruningMethod(StrEnum):
+    MEDPRUNER = "medpruner"  # the paper's rule, made correct
+    OFF = "off"  # every input and token is kept
+
+
+class PruningSettings(Section):
+    method: PruningMethod = PruningMethod.MEDPRUNER
+    slice_stage: bool = True
+    token_stage: bool = True
+    gamma: float = Field(0.05, ge=0, le=2)
+    tau: float = Field(0.9, gt=0, le=1)
+    temperature: float = Field(2.0, gt=0)
+    contextual_fraction: float = Field(0.05, ge=0, lt=1)
+
+
+class SeriesSettings(Section):
+    modality: tuple[str, ...] = ("CT", "MR")
+    orientation: Literal["axial", "any"] = "axial"
+    min_slices: int = Field(8, ge=1)
+    max_slices: int = Field(85, ge=1)
+    max_gap_mm: float = Field(30, gt=0)
+    decode_timeout_s: float = Field(300, gt=0)
+    decode_memory_gb: float = Field(8, gt=0)
+
+
+class RouteSettings(Section):
+    name: str = Field("default", pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
+    match: dict[str, str] = Field(default_factory=dict)
+    prompt: str | None = None
+    destinations: tuple[str, ...] | None = None
+    model: dict[str, Any] = Field(default_factory=dict)
+    pruning: dict[str, Any] = Field(default_factory=dict)
+    series: dict[str, Any] = Field(default_factory=dict)
+
+
+class SrSopClass(StrEnum):
+    COMPREHENSIVE_3D = "comprehensive3d"
+    COMPREHENSIVE = "comprehensive"
+    ENHANCED = "enhanced"
+
+
+class DestinationSettings(Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
+    ae_title: AETitle
+    host: str
+    port: int = Field(ge=1, le=65535)
+    calling_ae_title: AETitle | None = None
+    sr_sop_class: SrSopClass = SrSopClass.COMPREHENSIVE_3D
+    timeout_s: float = Field(30, gt=0)
+    retry_delay_s: float = Field(30, gt=0)
+    retry_max_delay_s: float = Field(900, gt=0)
+    retry_max_attempts: int = Field(100, ge=1)
+
+
+class ReportSettings(Section):
+    language: Literal["en"] = "en"
+    prompt: str = (
+        "You are a radiology assistant. Read the slices of this examination in order and write a report "
+        "with the sections Findings: and Impression:."
+    )
+    series_number: int = Field(9901, ge=1, le=2**31 - 1)
+    series_description: str = Field("AI findings (unverified)", min_length=1, max_length=64)
+    manufacturer: str = Field("medpruner-pacs", max_length=64)
+    institution: str | None = Field(None, max_length=64)
+    device_serial_number: str = Field("0", max_length=64)
+    default_charset: str = "ISO_IR 100"
+
+
+class LogSettings(Section):
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    format: Literal["text", "json"] = "text"
+
+
+class Settings(Section):
+    """All of config.toml. Functions take their own section; only the wiring holds this whole."""
+
+    data: DataSettings = DataSettings()
+    scp: ScpSettings = ScpSettings()
+    source: tuple[SourceSettings, ...] = ()
+    spool: SpoolSettings = SpoolSettings()
+    assembly: AssemblySettings = AssemblySettings()
+    database: DatabaseSettings = DatabaseSettings()
+    queue: QueueSettings = QueueSettings()
+    model: ModelSettings = ModelSettings()
+    pruning: PruningSettings = PruningSettings()
+    series: SeriesSettings = SeriesSettings()
+    route: tuple[RouteSettings, ...] = ()
+    destination: tuple[DestinationSettings, ...] = ()
+    report: ReportSettings = ReportSettings()
+    log: LogSettings = LogSettings()
+
+
+def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
+    """Read `path` (or ./config.toml where there is one), then the environment; raise ConfigurationError.
+
+    A file that was asked for and is missing is an error; without one the embedded defaults hold.
+    Environment keys look like MEDPRUNER__SCP__PORT=104; their values are read as TOML where they are TOML.
+    """
+    return resolve(path, environ)[0]
+
+
+def resolve(path: Path | None, environ: Mapping[str, str]) -> tuple[Settings, dict[str, str]]:
+    """Like load, and say for every key that was set where it was set (`scp.port` -> `environment`)."""
+    content, name = _read(path)
+    sources = {key: name for key, _ in _leaves(content)}
+    faults: list[str] = []
+    for variable, text in sorted(environ.items()):
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        keys = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+        if len(keys) != 2 or keys[0] in ("source", "destination", "route"):
+            faults.append(f"{variable}: not of the form {ENVIRONMENT_PREFIX}SECTION__KEY (lists live in the file)")
+            continue
+        content.setdefault(keys[0], {})[keys[1]] = _value(text)
+        sources[".".join(keys)] = f"environment {variable}"
+    try:
+        settings = Settings.model_validate(content)
+    except ValidationError as error:
+        faults += [_explain(fault, name) for fault in error.errors(include_url=False, include_input=False)]
+    if faults:
+        raise ConfigurationError("\n".join(faults))
+    faults = list(_contradictions(settings))
+    if faults:
+        raise ConfigurationError("\n".join(faults))
+    return settings, sources
+
+
+def spool_folder(settings: Settings) -> Path:
+    return settings.spool.path or settings.data.path / "spool"
+
+
+def database_url(settings: Settings) -> str:
+    """The configured URL, or SQLite under [data]."""
+    configured = settings.database.url.get_secret_value()
+    return configured or f"sqlite:///{settings.data.path.resolve() / 'medpruner.sqlite'}"
+
+
+def masked(settings: Settings) -> dict[str, Any]:
+    """The resolved settings as plain values, secrets hidden: for people, the audit and `config check`."""
+    return settings.model_dump(mode="json")
+
+
+def leaves(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """Every key as `section.key` with its value, secrets hidden."""
+    return _leaves(masked(settings))
+
+
+def for_route(settings: Settings, name: str) -> Settings:
+    """The settings as the route called `name` overrides them; the built-in route overrides nothing."""
+    route = route_called(settings, name)
+    changed = settings.model_dump()
+    for section in ("model", "pruning", "series"):
+        changed[section] |= getattr(route, section)
+    if route.prompt is not None:
+        changed["report"]["prompt"] = route.prompt
+    return Settings.model_validate(changed)
+
+
+def routes(settings: Settings) -> tuple[RouteSettings, ...]:
+    """The configured routes; without any, the built-in one that takes every study to every destination."""
+    return settings.route or (RouteSettings(),)
+
+
+def route_called(settings: Settings, name: str) -> RouteSettings:
+    """The route of that name; KeyError when the configuration no longer has it."""
+    return {route.name: route for route in routes(settings)}[name]
+
+
+def route_destinations(settings: Settings, route: RouteSettings) -> tuple[DestinationSettings, ...]:
+    """Where results of `route` go: the destinations it names, or all of them where it names none."""
+    return tuple(
+        destination
+        for destination in settings.destination
+        if route.destinations is None or destination.name in route.destinations
+    )
+
+
+def _read(path: Path | None) -> tuple[dict[str, Any], str]:
+    chosen = path or Path("config.toml")
+    if not chosen.exists():
+        if path is not None:
+            raise ConfigurationError(f"{path}: no such file; give --config an existing file or leave it out")
+        return {}, "default"
+    try:
+        return tomllib.loads(chosen.read_text(encoding="utf-8")), str(chosen)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{chosen}: not valid TOML: {error}") from error
+    except OSError as error:
+        raise ConfigurationError(f"{chosen}: cannot be read: {error.strerror}") from error
+
+
+def _value(text: str) -> Any:
+    """`true`, `12`, `["CT"]` and quoted strings are TOML; anything else is the string itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and prefix.count(".") == 0 and value:
+            yield from _leaves(value, f"{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            for index, item in enumerate(value):
+                yield from _leaves(item, f"{name}[{index}].")
+        else:
+            yield name, value
+
+
+def _explain(fault: Any, name: str) -> str:
+    """One pydantic error as `file: section.key: what is wrong (did you mean ...)`, without the value."""
+    location = fault["loc"]
+    key = ".".join(str(part) for part in location)
+    if fault["type"] != "extra_forbidden":
+        return f"{name}: {key}: {fault['msg']}"
+    known = _known_keys(location[:-1])
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
+    return f"{name}: unknown key {key!r}; {hint}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: type[BaseModel] = Settings
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        for candidate in (annotation, *getattr(annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+                break
+    return list(model.model_fields)
+
+
+def _contradictions(settings: Settings) -> Iterator[str]:
+    """What is valid key by key and still cannot be meant."""
+    for kind, items in (("route", settings.route), ("destination", settings.destination)):
+        names = [item.name for item in items]  # type: ignore[attr-defined]
+        yield from (f"[[{kind}]] name {name!r} stands twice" for name in sorted(set(names)) if names.count(name) > 1)
+    known = {destination.name for destination in settings.destination}
+    for route in settings.route:
+        for name in route.destinations or ():
+            if name not in known:
+                yield f"route {route.name!r}: destination {name!r} is not defined by any [[destination]]"
+        for section in ("model", "pruning", "series"):
+            override = getattr(route, section)
+            merged = getattr(settings, section).model_dump() | override
+            try:
+                type(getattr(settings, section)).model_validate(merged)
+            except ValidationError as error:
+                for fault in error.errors(include_url=False, include_input=False):
+                    where = {**fault, "loc": (section, *fault["loc"])}
+                    yield _explain(where, f"route {route.name!r}")
+    if settings.assembly.max_open_s < settings.assembly.quiet_period_s:
+        yield "assembly.max_open_s must not be below assembly.quiet_period_s"
