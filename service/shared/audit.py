@@ -1,0 +1,73 @@
+"""One line of history, appended in the same transaction as the fact it records. No patient data."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from service.shared.db import AuditEvent
+
+
+class AuditKind(StrEnum):
+    SERVICE_STARTED = "service-started"
+    SERVICE_STOPPED = "service-stopped"
+    INSTANCES_RECEIVED = "instances-received"  # new instances of one study from one association
+    INSTANCES_RECEIVED_AGAIN = "instances-received-again"  # identical bytes; nothing reopened
+    INSTANCE_CONFLICT = "instance-conflict"  # other bytes under a known SOP Instance UID; both kept
+    RECEIPT_UNUSABLE = "receipt-unusable"  # a receipt whose instance cannot be found or read
+    RESULT_RETURNED = "result-returned"  # one of our own results came back; nothing reopened
+    PATIENT_MISMATCH = "patient-mismatch"  # conflicting patient identifiers under one Study Instance UID
+    STUDY_OPENED = "study-opened"  # the first image instance
+    STUDY_REOPENED = "study-reopened"  # a late image instance: a new revision
+    STUDY_COMPLETE = "study-complete"
+    STUDY_UNROUTED = "study-unrouted"  # complete, and no route takes it
+    STUDY_HELD = "study-held"  # rebuilt from the spool
+    STUDY_RELEASED = "study-released"  # by a command
+    ANALYSIS_QUEUED = "analysis-queued"
+    ANALYSIS_STARTED = "analysis-started"  # claimed by a worker
+    ANALYSIS_RETRIED = "analysis-retried"  # a fault; back in the queue
+    ANALYSIS_READ = "analysis-read"
+    ANALYSIS_REFUSED = "analysis-refused"
+    ANALYSIS_FAILED = "analysis-failed"
+    ANALYSIS_SUPERSEDED = "analysis-superseded"
+    ANALYSIS_CANCELLED = "analysis-cancelled"
+    ANALYSIS_REQUEUED = "analysis-requeued"  # by a command
+    ANALYSIS_DONE = "analysis-done"
+    RESULT_BUILT = "result-built"
+    RESULT_QUARANTINED = "result-quarantined"
+    DELIVERY_DELIVERED = "delivery-delivered"
+    DELIVERY_POSTPONED = "delivery-postponed"
+    DELIVERY_REJECTED = "delivery-rejected"
+    DELIVERY_REQUEUED = "delivery-requeued"  # by a command
+
+
+def append(
+    session: Session,
+    kind: AuditKind,
+    *,
+    now: datetime,
+    actor: str,
+    study_id: int | None = None,
+    analysis_id: int | None = None,
+    result_id: int | None = None,
+    delivery_id: int | None = None,
+    vouches_sha256: str | None = None,
+    **detail: Any,
+) -> None:
+    """Add one event to the caller's transaction: it is committed with the fact, or not at all."""
+    session.add(
+        AuditEvent(
+            at=now,
+            kind=kind.value,
+            actor=actor,
+            study_id=study_id,
+            analysis_id=analysis_id,
+            result_id=result_id,
+            delivery_id=delivery_id,
+            detail=detail,
+            vouches_sha256=vouches_sha256,
+        )
+    )
