@@ -69,7 +69,7 @@ class QueueSettings(Section):
     name: str = "medpruner"
     hard_time_limit_s: int = Field(1800, ge=1)
     visibility_timeout_s: int = Field(2400, ge=2)
-    lease_s: float = Field(60, gt=0)
+    lease_s: float = Field(20, gt=0)
     max_attempts: int = Field(3, ge=1)
     ring_again_s: float = Field(30, gt=0)
 

@@ -360,13 +360,14 @@ def requeue_failed(session: Session, analysis_id: int, *, now: datetime, actor: 
 
 
 def finish_analysis(
-    session: Session, analysis: Analysis, results: list[Result], destinations: list[str], *, now: datetime, actor: str
+    session: Session, analysis: Analysis, results: list[tuple[Result, list[str]]], *, now: datetime, actor: str
 ) -> bool:
     """read -> done with all result rows and deliveries; stays read, with an alert, when a result is quarantined.
 
+    results: each with the names of the destinations it goes to.
     One transaction: either every result and delivery is there, or none. False when another process was first.
     """
-    quarantined = any(result.state is ResultState.QUARANTINED for result in results)
+    quarantined = any(result.state is ResultState.QUARANTINED for result, _ in results)
     after = AnalysisState.READ if quarantined else AnalysisState.DONE
     changed = _changed(
         session,
@@ -381,7 +382,7 @@ def finish_analysis(
     )
     if not changed:
         return False
-    for result in results:
+    for result, destinations in results:
         _add_result(session, analysis, result, [] if quarantined else destinations, now, actor)
     if not quarantined:
         audit.append(
@@ -392,7 +393,7 @@ def finish_analysis(
             study_id=analysis.study_id,
             analysis_id=analysis.id,
             results=len(results),
-            destinations=destinations,
+            deliveries=sum(len(destinations) for _, destinations in results),
         )
     return True
 

@@ -1,0 +1,231 @@
+"""Outbox -> C-STORE SCU -> the destination's answer on record. Sends stored bytes, never builds or runs anything again."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+from threading import Event, Thread
+
+import structlog
+from pydicom.uid import ExplicitVRLittleEndian
+from pynetdicom import AE, Association, _config, build_context
+from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.shared import transitions
+from service.shared.db import Delivery, DeliveryState, Destination, Result
+from service.shared.durable import digest
+from service.shared.log import explain_exception
+from service.shared.settings import DestinationSettings, ScpSettings, Settings
+
+ACTOR = "service/delivery"
+BATCH = 64  # results per association
+MAX_CONTEXTS = 128  # PS3.8 9.3.2.2: odd ids 1 to 255
+
+_config.STORE_SEND_CHUNKED_DATASET = True  # a file's data set goes out as it lies there, never encoded again
+
+log = structlog.get_logger(__name__)
+
+
+class Verdict(StrEnum):
+    STORED = "stored"  # the destination has it
+    AGAIN = "again"  # not now; the same bytes later
+    REFUSED = "refused"  # not these bytes, however often
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of one attempt. `status` is the DIMSE status, None when there was none."""
+
+    verdict: Verdict
+    status: int | None
+    reason: str | None
+
+
+def judge(status: int) -> Answer:
+    """What a C-STORE status means for the delivery (PS3.4 table B.2-1, PS3.7 annex C)."""
+    if status == 0x0000:
+        return Answer(Verdict.STORED, status, None)
+    if status == 0x0001 or status in (0x0107, 0x0116) or 0xB000 <= status <= 0xBFFF:
+        return Answer(Verdict.STORED, status, f"stored with warning 0x{status:04X}")
+    if 0xA700 <= status <= 0xA7FF:
+        return Answer(Verdict.AGAIN, status, f"out of resources at the destination (0x{status:04X})")
+    return Answer(Verdict.REFUSED, status, f"refused by the destination (0x{status:04X})")
+
+
+def next_attempt(destination: DestinationSettings, attempts: int, now: datetime, jitter: float) -> datetime:
+    """When to try again after `attempts` tries: doubling up to the maximum, less up to a quarter (`jitter` 0 to 1)."""
+    delay_s = min(destination.retry_max_delay_s, destination.retry_delay_s * 2.0 ** min(attempts, 16))
+    return now + timedelta(seconds=delay_s * (1 - 0.25 * jitter))
+
+
+def deliver_for_ever(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
+    """One thread per destination, so that one that is away never delays another."""
+    threads = [
+        Thread(target=_serve_destination, args=(settings, destination, sessions, stop), name=destination.name)
+        for destination in settings.destination
+    ]
+    for thread in threads:
+        thread.start()
+    stop.wait()
+    for thread in threads:
+        thread.join()
+
+
+def _serve_destination(
+    settings: Settings, destination: DestinationSettings, sessions: sessionmaker[Session], stop: Event
+) -> None:
+    while not stop.is_set():
+        try:
+            deliver_due(settings, destination, sessions, datetime.now(UTC))
+        except DBAPIError as error:
+            log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
+        except Exception as error:  # noqa: BLE001  # this loop must live; what went wrong is logged and tried again
+            log.error("delivery_fault", destination=destination.name, error=explain_exception(error))
+        stop.wait(settings.assembly.sweep_s)
+
+
+def deliver_due(
+    settings: Settings, destination: DestinationSettings, sessions: sessionmaker[Session], now: datetime
+) -> int:
+    """Send what is due to one destination over one association and put every answer on record; how many were due."""
+    with sessions() as session:
+        standing = session.get(Destination, destination.name)
+        if standing is not None and standing.paused:
+            return 0
+        due = session.execute(
+            select(Delivery, Result)
+            .join(Result, Result.id == Delivery.result_id)
+            .where(
+                Delivery.destination == destination.name,
+                Delivery.state == DeliveryState.PENDING,
+                Delivery.next_attempt_at <= now,
+            )
+            .order_by(Delivery.next_attempt_at, Delivery.id)
+            .limit(BATCH)
+        ).all()
+    if not due:
+        return 0
+    files = [settings.data.path / result.path for _, result in due]
+    results = [result for _, result in due]
+    for (delivery, _), answer in zip(due, send(destination, settings.scp, results, files), strict=True):
+        with sessions.begin() as session:
+            record(session, delivery, answer, destination, datetime.now(UTC))
+    return len(due)
+
+
+def record(
+    session: Session, delivery: Delivery, answer: Answer, destination: DestinationSettings, now: datetime
+) -> None:
+    """Turn one answer into the delivery's next state."""
+    spent = delivery.attempts + 1 >= destination.retry_max_attempts
+    fields = {
+        "delivery_id": delivery.id,
+        "destination": destination.name,
+        "status": None if answer.status is None else f"0x{answer.status:04X}",
+        "reason": answer.reason,
+    }
+    if answer.verdict is Verdict.STORED:
+        assert answer.status is not None
+        transitions.close_delivered(
+            session, delivery, status=answer.status, note=answer.reason, now=now, actor=ACTOR
+        )
+        log.info("delivered", **fields)
+    elif answer.verdict is Verdict.REFUSED or spent:
+        reason = answer.reason or ""
+        if answer.verdict is Verdict.AGAIN:
+            reason = f"gave up after {delivery.attempts + 1} attempts: {reason}"
+        transitions.reject_delivery(session, delivery, status=answer.status, reason=reason, now=now, actor=ACTOR)
+        log.error("delivery_rejected", **fields)
+    else:
+        at = next_attempt(destination, delivery.attempts, now, random.random())
+        transitions.postpone_delivery(
+            session,
+            delivery,
+            status=answer.status,
+            reason=answer.reason or "",
+            next_attempt_at=at,
+            now=now,
+            actor=ACTOR,
+        )
+        log.warning("delivery_postponed", next_attempt_at=at.isoformat(timespec="seconds"), **fields)
+
+
+def send(
+    destination: DestinationSettings, scp: ScpSettings, results: list[Result], files: list[Path]
+) -> list[Answer]:
+    """C-STORE the files over one association; one answer per file, in order."""
+    association = _associate(destination, scp, {result.sop_class_uid for result in results})
+    if not association.is_established:
+        reason = _why_not(association, destination)
+        return [Answer(Verdict.AGAIN, None, reason) for _ in results]
+    answers = [_store(association, destination, result, file) for result, file in zip(results, files, strict=True)]
+    if association.is_established:
+        association.release()
+    return answers
+
+
+def echo(destination: DestinationSettings, scp: ScpSettings) -> tuple[bool, str]:
+    """C-ECHO the destination: whether it answered, and a sentence for people."""
+    association = _associate(destination, scp, {"1.2.840.10008.1.1"})
+    if not association.is_established:
+        return False, _why_not(association, destination)
+    status = association.send_c_echo()
+    association.release()
+    code = status.get("Status")
+    if code == 0x0000:
+        return True, f"{destination.ae_title} at {destination.host}:{destination.port} answers C-ECHO with Success"
+    return False, f"{destination.ae_title} at {destination.host}:{destination.port} answered C-ECHO with {code}"
+
+
+def _associate(destination: DestinationSettings, scp: ScpSettings, sop_classes: set[str]) -> Association:
+    application = AE(ae_title=destination.calling_ae_title or scp.ae_title)
+    application.connection_timeout = destination.timeout_s
+    application.acse_timeout = destination.timeout_s
+    application.dimse_timeout = destination.timeout_s
+    application.network_timeout = destination.timeout_s
+    contexts = [build_context(uid, ExplicitVRLittleEndian) for uid in sorted(sop_classes)[:MAX_CONTEXTS]]
+    return application.associate(
+        destination.host, destination.port, contexts=contexts, ae_title=destination.ae_title
+    )
+
+
+def _why_not(association: Association, destination: DestinationSettings) -> str:
+    where = f"{destination.ae_title} at {destination.host}:{destination.port}"
+    if association.is_rejected:
+        primitive = association.acceptor.primitive
+        why = f"{primitive.result_str}: {primitive.reason_str}" if primitive else "no reason given"
+        return f"{where} rejects the association ({why}); check the AE titles on both sides"
+    if association.is_aborted:
+        return f"{where} aborted the association"
+    return f"{where} cannot be reached; check [[destination]] host and port, and that the PACS is up"
+
+
+def _store(association: Association, destination: DestinationSettings, result: Result, file: Path) -> Answer:
+    if not association.is_established:
+        return Answer(Verdict.AGAIN, None, "the association ended before this result was sent")
+    accepted = {context.abstract_syntax for context in association.accepted_contexts}
+    if result.sop_class_uid not in accepted:
+        return Answer(
+            Verdict.REFUSED,
+            0x0122,  # PS3.7 C: SOP Class not supported
+            f"{destination.ae_title} takes no SOP class {result.sop_class_uid}; "
+            f"try another sr_sop_class for [[destination]] {destination.name}",
+        )
+    try:
+        intact = digest(file.read_bytes()) == result.sha256
+    except OSError as error:
+        return Answer(Verdict.AGAIN, None, f"stored result cannot be read: {error.strerror}")
+    if not intact:
+        return Answer(Verdict.REFUSED, None, "the stored result does not match its recorded SHA-256; not sent")
+    try:
+        status = association.send_c_store(file)
+    except (RuntimeError, ValueError, OSError) as error:
+        return Answer(Verdict.AGAIN, None, f"the association broke while sending ({type(error).__name__})")
+    if "Status" not in status:
+        return Answer(Verdict.AGAIN, None, "no answer to C-STORE within the time limit")
+    return judge(int(status.Status))

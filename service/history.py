@@ -1,0 +1,190 @@
+"""What happened, as values: queries for `status`, `history` and `show`. Reads only; printing.py makes tables of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import func, or_, select
+from sqlalchemy.orm import Session
+
+from service.shared.db import (
+    Analysis,
+    AnalysisState,
+    AuditEvent,
+    Delivery,
+    DeliveryState,
+    Destination,
+    Instance,
+    ReportText,
+    Result,
+    Study,
+    StudyHeader,
+    StudyState,
+)
+from service.shared.settings import DestinationSettings
+
+Row = dict[str, Any]
+
+
+class NotFound(Exception):
+    """Nothing in the history answers to that name; the message says what was looked for."""
+
+
+def status(session: Session, destinations: Sequence[DestinationSettings], now: datetime) -> Row:
+    """Counts by state, the oldest unfinished work, and every destination with what waits for it."""
+    open_analyses = (AnalysisState.QUEUED, AnalysisState.RUNNING, AnalysisState.READ)
+    oldest = session.scalar(select(func.min(Analysis.queued_at)).where(Analysis.state.in_(open_analyses)))
+    waiting = dict(
+        session.execute(
+            select(Delivery.destination, func.count())
+            .where(Delivery.state == DeliveryState.PENDING)
+            .group_by(Delivery.destination)
+        )
+        .tuples()
+        .all()
+    )
+    paused = set(session.scalars(select(Destination.name).where(Destination.paused.is_(True))))
+    return {
+        "studies": _counts(session, Study.state, StudyState),
+        "studies_held": session.scalar(select(func.count()).select_from(Study).where(Study.held.is_(True))),
+        "instances": session.scalar(select(func.count()).select_from(Instance)),
+        "analyses": _counts(session, Analysis.state, AnalysisState),
+        "deliveries": _counts(session, Delivery.state, DeliveryState),
+        "oldest_unfinished_s": round((now - oldest).total_seconds()) if oldest else None,
+        "destinations": [
+            {
+                "name": one.name,
+                "ae_title": one.ae_title,
+                "address": f"{one.host}:{one.port}",
+                "paused": one.name in paused,
+                "waiting": waiting.get(one.name, 0),
+            }
+            for one in destinations
+        ],
+    }
+
+
+def recent(session: Session, *, limit: int, state: str | None = None) -> list[Row]:
+    """Studies by their last image instance, newest first, each with its newest analysis and undelivered results."""
+    newest = (
+        select(Analysis.study_id, func.max(Analysis.id).label("analysis_id")).group_by(Analysis.study_id).subquery()
+    )
+    query = (
+        select(Study, StudyHeader, Analysis)
+        .outerjoin(StudyHeader, StudyHeader.study_id == Study.id)
+        .outerjoin(newest, newest.c.study_id == Study.id)
+        .outerjoin(Analysis, Analysis.id == newest.c.analysis_id)
+        .order_by(Study.first_received_at.desc(), Study.id.desc())
+        .limit(limit)
+    )
+    if state:
+        query = query.where(or_(Study.state == state, Analysis.state == state))
+    rows = []
+    for study, header, analysis in session.execute(query):
+        instances = session.scalar(
+            select(func.count()).select_from(Instance).where(Instance.study_id == study.id)
+        )
+        rows.append(
+            {
+                "study_id": study.id,
+                "study_uid": study.study_uid,
+                "accession_number": header.accession_number if header else None,
+                "patient_id": header.patient_id if header else None,
+                "received_at": study.first_received_at,
+                "from": study.calling_ae,
+                "instances": instances,
+                "revision": study.revision,
+                "study_state": study.state.value,
+                "held": study.held,
+                "route": analysis.route if analysis else None,
+                "analysis_state": analysis.state.value if analysis else None,
+                "reason": analysis.reason if analysis else None,
+                "counts": analysis.counts if analysis else None,
+                "deliveries": _delivery_states(session, study.id),
+            }
+        )
+    return rows
+
+
+def study_named(session: Session, name: str) -> Study:
+    """The study with this Study Instance UID, row id (as `history` prints it), or accession number; else NotFound."""
+    found = session.scalars(select(Study).where(Study.study_uid == name)).all()
+    if not found and name.isdigit():
+        found = session.scalars(select(Study).where(Study.id == int(name))).all()
+    if not found:
+        found = session.scalars(
+            select(Study).join(StudyHeader, StudyHeader.study_id == Study.id).where(StudyHeader.accession_number == name)
+        ).all()
+    if not found:
+        raise NotFound(f"no study with Study Instance UID, number or accession number {name!r}; see `history`")
+    if len(found) > 1:
+        raise NotFound(f"accession number {name!r} names {len(found)} studies; give the Study Instance UID")
+    return found[0]
+
+
+def study_story(session: Session, study: Study) -> Row:
+    """Everything on record about one study: header, series, analyses with results and deliveries, events."""
+    header = session.get(StudyHeader, study.id)
+    series = session.execute(
+        select(Instance.series_uid, Instance.modality, func.count(), func.sum(Instance.size_bytes))
+        .where(Instance.study_id == study.id)
+        .group_by(Instance.series_uid, Instance.modality)
+        .order_by(func.min(Instance.id))
+    ).all()
+    analyses = session.scalars(
+        select(Analysis).where(Analysis.study_id == study.id).order_by(Analysis.revision, Analysis.id)
+    ).all()
+    events = session.scalars(select(AuditEvent).where(AuditEvent.study_id == study.id).order_by(AuditEvent.id)).all()
+    return {
+        "study": _columns(study),
+        "header": None if header is None else {k: v for k, v in _columns(header).items() if k not in ("salt", "study_id")},
+        "series": [
+            {"series_uid": uid, "modality": modality, "instances": count, "size_bytes": int(size or 0)}
+            for uid, modality, count, size in series
+        ],
+        "analyses": [_analysis_story(session, one) for one in analyses],
+        "events": [_columns(one) for one in events],
+    }
+
+
+def _analysis_story(session: Session, analysis: Analysis) -> Row:
+    text = session.get(ReportText, analysis.id)
+    results = session.scalars(select(Result).where(Result.analysis_id == analysis.id).order_by(Result.id)).all()
+    return {
+        **_columns(analysis),
+        "report": None if text is None else {"findings": text.findings, "impression": text.impression},
+        "results": [
+            {
+                **_columns(result),
+                "deliveries": [
+                    _columns(delivery)
+                    for delivery in session.scalars(
+                        select(Delivery).where(Delivery.result_id == result.id).order_by(Delivery.id)
+                    )
+                ],
+            }
+            for result in results
+        ],
+    }
+
+
+def _counts(session: Session, column: Any, states: Any) -> dict[str, int]:
+    present = dict(session.execute(select(column, func.count()).group_by(column)).tuples().all())
+    return {state.value: present.get(state, 0) for state in states}
+
+
+def _delivery_states(session: Session, study_id: int) -> dict[str, int]:
+    rows = session.execute(
+        select(Delivery.state, func.count())
+        .join(Result, Result.id == Delivery.result_id)
+        .join(Analysis, Analysis.id == Result.analysis_id)
+        .where(Analysis.study_id == study_id)
+        .group_by(Delivery.state)
+    )
+    return {state.value: count for state, count in rows}
+
+
+def _columns(row: Any) -> Row:
+    return {column.key: getattr(row, column.key) for column in row.__mapper__.column_attrs}

@@ -1,0 +1,208 @@
+"""History as tables for a terminal, or as JSON. Knows rich and nothing of the database."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+Row = dict[str, Any]
+
+COLOURS = {
+    "receiving": "cyan",
+    "queued": "cyan",
+    "running": "cyan",
+    "read": "cyan",
+    "pending": "yellow",
+    "complete": "green",
+    "done": "green",
+    "delivered": "green",
+    "committed": "green",
+    "built": "green",
+    "refused": "magenta",
+    "superseded": "bright_black",
+    "cancelled": "bright_black",
+    "failed": "red",
+    "rejected": "red",
+    "quarantined": "red",
+}
+
+
+def print_json(value: Any) -> None:
+    """Plain JSON on standard output, times as ISO 8601, for other programs."""
+    Console(soft_wrap=True, highlight=False, markup=False).print(json.dumps(value, default=_plain, indent=1))
+
+
+def print_status(console: Console, status: Row) -> None:
+    table = Table(title="medpruner-pacs", title_justify="left", show_header=False)
+    table.add_row("studies", _state_counts(status["studies"], held=status["studies_held"]))
+    table.add_row("instances", str(status["instances"]))
+    table.add_row("analyses", _state_counts(status["analyses"]))
+    table.add_row("deliveries", _state_counts(status["deliveries"]))
+    oldest = status["oldest_unfinished_s"]
+    table.add_row("oldest unfinished", "none" if oldest is None else f"{oldest} s")
+    console.print(table)
+    if not status["destinations"]:
+        console.print("No [[destination]] is configured: results are kept and sent nowhere.", markup=False)
+    for one in status["destinations"]:
+        paused = ", paused" if one["paused"] else ""
+        console.print(
+            f"destination {one['name']}: {one['ae_title']} at {one['address']}, {one['waiting']} waiting{paused}",
+            markup=False,
+        )
+
+
+def print_history(console: Console, rows: list[Row]) -> None:
+    table = Table(header_style="bold")
+    for heading in ("#", "received", "from", "accession", "images", "rev", "study", "analysis", "slices", "tokens", "results"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        counts = row["counts"] or {}
+        table.add_row(
+            str(row["study_id"]),
+            _clock(row["received_at"]),
+            escape(row["from"]),
+            escape(row["accession_number"] or ""),
+            str(row["instances"]),
+            str(row["revision"]),
+            _state(row["study_state"] + (" (held)" if row["held"] else "")),
+            _state(row["analysis_state"]),
+            _kept(counts.get("inputs_kept"), counts.get("inputs")),
+            _kept(counts.get("tokens_kept"), counts.get("tokens_in")),
+            _state_counts({state: n for state, n in row["deliveries"].items() if n}),
+        )
+    console.print(table)
+    if not rows:
+        console.print("Nothing received yet. `./run echo` tests the receiver, `./run send DIR` sends it a study.")
+
+
+def print_study(console: Console, story: Row) -> None:
+    study, header = story["study"], story["header"]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("Study Instance UID", study["study_uid"])
+    facts.add_row("state", _state(study["state"]), "revision", str(study["revision"]))
+    if study["held"]:
+        facts.add_row("held", "rebuilt from the spool; `requeue` releases it")
+    if study["patient_mismatch"]:
+        facts.add_row("[red]patients mixed[/]", "conflicting patient identifiers arrived under this UID")
+    if header is None:
+        facts.add_row("patient", "not on record")
+    else:
+        facts.add_row("patient", escape(f"{header['patient_name']} ({header['patient_id']})"))
+        facts.add_row("accession number", escape(header["accession_number"]))
+        facts.add_row("study", escape(f"{header['study_date']} {header['study_description']}"))
+    for series in story["series"]:
+        facts.add_row(
+            "series", f"{series['modality']}, {series['instances']} instances, {series['size_bytes'] / 1e6:.1f} MB",
+            "", series["series_uid"],
+        )
+    console.print(Panel(facts, title=f"study {study['id']}", title_align="left"))
+    for analysis in story["analyses"]:
+        console.print(_analysis(analysis))
+    console.print(_timeline(story["events"]))
+
+
+def _analysis(analysis: Row) -> RenderableType:
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("state", _state(analysis["state"]))
+    if analysis["reason"]:
+        facts.add_row("reason", escape(f"{analysis['reason']} [{analysis['reason_code']}]"))
+    facts.add_row("attempts", str(analysis["attempts"]))
+    if analysis["series_uid"]:
+        facts.add_row("series", analysis["series_uid"])
+        facts.add_row("why this one", escape(analysis["series_reason"] or ""))
+    if analysis["counts"]:
+        facts.add_row("slices", _funnel(analysis["counts"], SLICE_STEPS))
+        facts.add_row("tokens", _funnel(analysis["counts"], TOKEN_STEPS))
+    facts.add_row("pruning", escape(_pairs(analysis["pruning"] or analysis["settings"]["pruning"])))
+    if analysis["model"]:
+        model = analysis["model"]
+        facts.add_row("model", escape(f"{model['name']} ({model['architecture']}, {model['dtype']} on {model['device']})"))
+        facts.add_row("weights", f"sha256 {model['weights_sha256']}")
+        facts.add_row("software", f"torch {model['torch_version']}, transformers {model['transformers_version']}")
+    if analysis["flags"]:
+        facts.add_row("flags", escape(", ".join(analysis["flags"])))
+    if analysis["timings_s"]:
+        facts.add_row("time", ", ".join(f"{step} {seconds:.2f} s" for step, seconds in analysis["timings_s"].items()))
+    facts.add_row("prompt", escape(analysis["prompt"]))
+    parts: list[RenderableType] = [facts]
+    if analysis["report"]:
+        parts += [Text("Findings", style="bold"), Text(analysis["report"]["findings"])]
+        parts += [Text("Impression", style="bold"), Text(analysis["report"]["impression"])]
+    for result in analysis["results"]:
+        parts.append(Text.from_markup(f"result {result['kind']} {_state(result['state'])} {result['sop_instance_uid']}"))
+        for delivery in result["deliveries"]:
+            status = "" if delivery["status"] is None else f" 0x{delivery['status']:04X}"
+            reason = f": {delivery['reason']}" if delivery["reason"] else ""
+            parts.append(
+                Text.from_markup(
+                    f"  to {delivery['destination']}: {_state(delivery['state'])}{status}, "
+                    f"{delivery['attempts']} attempts{escape(reason)}"
+                )
+            )
+    title = f"analysis {analysis['id']}: route {analysis['route']}, revision {analysis['revision']}, run {analysis['run_number']}"
+    return Panel(Group(*parts), title=title, title_align="left")
+
+
+def _timeline(events: list[Row]) -> Table:
+    table = Table(title="what happened", title_justify="left", header_style="bold")
+    for heading in ("at (UTC)", "event", "by", "detail"):
+        table.add_column(heading, overflow="fold")
+    for event in events:
+        table.add_row(_clock(event["at"]), event["kind"], escape(event["actor"]), escape(_pairs(event["detail"])))
+    return table
+
+
+SLICE_STEPS = {
+    "slices_in_series": "in the series",
+    "slices_readable": "readable",
+    "slices_sampled": "sampled",
+    "inputs": "model inputs",
+    "inputs_kept": "kept",
+}
+TOKEN_STEPS = {"tokens_in": "in", "tokens_kept": "kept", "tokens_merged": "merged", "tokens_generated": "written"}
+
+
+def _funnel(counts: Row, steps: dict[str, str]) -> str:
+    return ", ".join(f"{counts[key]} {words}" for key, words in steps.items())
+
+
+def _pairs(values: Row) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)
+
+
+def _kept(kept: int | None, total: int | None) -> str:
+    return "" if kept is None or total is None else f"{kept}/{total}"
+
+
+def _state_counts(counts: Row, held: int | None = None) -> str:
+    shown = [f"{number} {_state(state)}" for state, number in counts.items() if number]
+    if held:
+        shown.append(f"{held} held")
+    return ", ".join(shown) or "none"
+
+
+def _state(state: str | None) -> str:
+    if not state:
+        return ""
+    colour = COLOURS.get(state.split(" ")[0])
+    return f"[{colour}]{state}[/]" if colour else state
+
+
+def _clock(at: datetime) -> str:
+    return at.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, StrEnum):
+        return value.value
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,0 +1,79 @@
+"""One log line per event, text or JSON, with what could name a patient scrubbed out.
+
+Exceptions of pydicom, pynetdicom and Celery quote values, so an exception is logged by its class and the places it
+came through, never by its text.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import structlog
+
+from service.shared.settings import LogSettings
+
+QUIET_LOGGERS = ("pynetdicom", "pydicom", "highdicom", "PIL", "urllib3", "transformers", "alembic")
+
+
+def set_up_logging(settings: LogSettings, *, role: str) -> None:
+    """Send every logger of the process to stderr in one shape; called once, by the entry point."""
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _scrub_exception,
+    ]
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if settings.format == "json"
+        else structlog.dev.ConsoleRenderer(colors=False, pad_event_to=24)
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, _scrub_foreign],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(settings.level)
+    for name in QUIET_LOGGERS:
+        # WARNING of these libraries quotes data sets; what matters of theirs is logged by us, in our words
+        logging.getLogger(name).setLevel(logging.ERROR)
+    structlog.contextvars.bind_contextvars(role=role)
+
+
+def explain_exception(error: BaseException) -> str:
+    """The class of `error` and the last places it came through; never its text, which may quote a data set."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    places = " < ".join(f"{frame.name} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})" for frame in frames[::-1])
+    return f"{type(error).__name__} in {places}" if places else type(error).__name__
+
+
+def _scrub_exception(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    information = event.pop("exc_info", None)
+    if information is True:
+        information = sys.exc_info()
+    error = information[1] if isinstance(information, tuple) else information
+    if isinstance(error, BaseException):
+        event["error"] = explain_exception(error)
+    return event
+
+
+def _scrub_foreign(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """Lines of other libraries at ERROR and above keep their logger's name and level, not their text."""
+    record: logging.LogRecord | None = event.get("_record")
+    if record is not None and record.levelno >= logging.ERROR and not record.name.startswith(("service", "workers")):
+        event["event"] = f"{record.name} reported {record.levelname.lower()}"
+        event["place"] = f"{record.funcName} ({record.filename}:{record.lineno})"
+    return event

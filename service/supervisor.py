@@ -1,0 +1,103 @@
+"""`serve`: every role as a process of its own, started again when it dies. Decides nothing about studies."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+
+import structlog
+
+from service.broker import redis_command
+from service.shared.settings import Settings
+
+ROLES = ("receive", "ingest", "dispatch", "deliver")
+PR_SET_PDEATHSIG = 1  # prctl(2)
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 10.0
+SETTLED_S = 30.0  # a process that lived this long starts again at once
+TERM_GRACE_S = 30.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Supervised:
+    """One process that should be running."""
+
+    name: str
+    command: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    wait_s: float = FIRST_WAIT_S
+    not_before: float = 0.0
+    restarts: int = field(default=0)
+
+
+def commands(settings: Settings, config: Path | None, *, with_worker: bool) -> list[tuple[str, list[str]]]:
+    """What `serve` runs, in the order in which it is started; stopped in the same order, the queue last of all."""
+    tail = ["--config", str(config)] if config else []
+    wanted = [(role, [sys.executable, "-m", "service", "serve", "--role", role, *tail]) for role in ROLES]
+    if with_worker:
+        wanted.append(("worker", [sys.executable, "-m", "workers", "worker", *tail]))
+    if not settings.queue.url.get_secret_value():
+        wanted.append(("redis", redis_command(settings.data.path)))
+    return wanted
+
+
+def supervise(wanted: list[tuple[str, list[str]]], stop: Event, *, on_round: Callable[[], None] | None = None) -> None:
+    """Keep all commands running until `stop`, then end them one after the other."""
+    supervised = [Supervised(name, command) for name, command in wanted]
+    try:
+        while not stop.is_set():
+            for one in supervised:
+                _keep(one, time.monotonic())
+            if on_round:
+                on_round()
+            stop.wait(0.2)
+    finally:
+        for one in supervised:
+            _end(one)
+
+
+def _keep(one: Supervised, now: float) -> None:
+    if one.process is not None:
+        status = one.process.poll()
+        if status is None:
+            return
+        if now - one.started_at > SETTLED_S:
+            one.wait_s = FIRST_WAIT_S
+        log.error("process_ended", process=one.name, status=status, again_in_s=one.wait_s)
+        one.process = None
+        one.not_before = now + one.wait_s
+        one.wait_s = min(LONGEST_WAIT_S, one.wait_s * 2)
+        one.restarts += 1
+    if now >= one.not_before:
+        one.process = subprocess.Popen(one.command, start_new_session=True, preexec_fn=_die_with_parent)
+        one.started_at = now
+        log.info("process_started", process=one.name, pid=one.process.pid)
+
+
+def _end(one: Supervised) -> None:
+    process = one.process
+    if process is None or process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(TERM_GRACE_S)
+    except subprocess.TimeoutExpired:
+        log.warning("process_killed", process=one.name, after_s=TERM_GRACE_S)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    log.info("process_stopped", process=one.name)
+
+
+def _die_with_parent() -> None:
+    """A supervisor that is killed takes its processes with it, so that the next one finds ports and sockets free."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,176 @@
+"""Claim an analysis, read it, close it. Knows the database and the way; knows nothing of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from threading import Event, Thread
+from typing import TYPE_CHECKING
+
+import structlog
+from billiard.exceptions import SoftTimeLimitExceeded
+from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.shared import transitions
+from service.shared.db import Analysis, Instance, Study
+from service.shared.log import explain_exception
+from service.shared.messages import AnalysisOutput, store_output
+from service.shared.settings import QueueSettings, Settings, for_route, spool_folder
+from service.shared.transitions import Claim
+from workers import pipeline
+from workers.errors import Refusal
+
+if TYPE_CHECKING:
+    from workers.app import Child
+
+log = structlog.get_logger(__name__)
+
+
+def read_study(analysis_id: int, child: Child) -> None:
+    """Run one analysis if there is one to claim; a message delivered again finds nothing and returns.
+
+    Every end is a row: read, refused, queued again or failed. A lost fence ends in silence, for somebody else
+    holds the analysis now.
+    """
+    settings, sessions = child.settings, child.sessions
+    claim = _claim(sessions, analysis_id, child.name, settings.queue)
+    if claim is None:
+        log.info("nothing_to_claim", analysis_id=analysis_id)
+        return
+    with structlog.contextvars.bound_contextvars(analysis_id=analysis_id, fence=claim.fence, attempt=claim.attempt):
+        log.info("analysis_started")
+        try:
+            with _lease_kept(sessions, claim, settings.queue.lease_s):
+                request = _request(sessions, claim, settings)
+                output, arrays = pipeline.read(request, child.model_for(request.settings.model))
+        except Refusal as refusal:
+            log.info("analysis_refused", code=refusal.code, reason=refusal.reason)
+            with sessions.begin() as session:
+                transitions.close_refused(
+                    session, claim, code=refusal.code, reason=refusal.reason, now=_now(), actor=child.name
+                )
+        except SoftTimeLimitExceeded:
+            limit = settings.queue.hard_time_limit_s
+            _close_fault(child, claim, "time-limit", f"took longer than [queue] hard_time_limit_s = {limit}")
+        except Exception as error:  # noqa: BLE001  # whatever it was, the analysis must not stay `running`
+            place = explain_exception(error)
+            log.error("analysis_fault", error=place)
+            _close_fault(child, claim, type(error).__name__[:64], f"a fault in the worker: {place}")
+        else:
+            _close_read(child, claim, output, arrays)
+
+
+def _claim(sessions: sessionmaker[Session], analysis_id: int, worker: str, queue: QueueSettings) -> Claim | None:
+    now = _now()
+    with sessions.begin() as session:
+        return transitions.claim_analysis(
+            session,
+            analysis_id,
+            worker=worker,
+            now=now,
+            lease_until=now + timedelta(seconds=queue.lease_s),
+            max_attempts=queue.max_attempts,
+        )
+
+
+def _request(sessions: sessionmaker[Session], claim: Claim, settings: Settings) -> pipeline.Request:
+    """What to read and how: the image instances up to the analysis' revision, the settings of its route.
+
+    Of several contents under one SOP Instance UID the one received last is read: a sender that repeats a UID
+    with other bytes has corrected it.
+    """
+    with sessions() as session:
+        analysis = session.get_one(Analysis, claim.analysis_id)
+        study = session.get_one(Study, analysis.study_id)
+        rows = session.execute(
+            select(Instance.sop_instance_uid, Instance.path)
+            .where(
+                Instance.study_id == study.id,
+                Instance.is_image.is_(True),
+                Instance.revision <= analysis.revision,
+            )
+            .order_by(Instance.received_at, Instance.id)
+        ).all()
+    spool = spool_folder(settings)
+    last = {row.sop_instance_uid: spool / row.path for row in rows}
+    return pipeline.Request(
+        analysis_id=analysis.id,
+        study_uid=study.study_uid,
+        paths=tuple(last.values()),
+        prompt=analysis.prompt,
+        settings=_as_queued(settings, analysis),
+    )
+
+
+def _as_queued(settings: Settings, analysis: Analysis) -> Settings:
+    """The settings that were on record when the analysis was queued, whatever the file says by now."""
+    content = for_route(settings, analysis.route).model_dump()
+    for section in ("model", "pruning", "series"):
+        content[section] = analysis.settings[section]
+    return Settings.model_validate(content)
+
+
+def _close_read(child: Child, claim: Claim, output: AnalysisOutput, arrays: bytes) -> None:
+    data = child.settings.data.path
+    folder = data / "outputs" / str(claim.analysis_id)
+    path, sha256 = store_output(folder, claim.fence, output, arrays)
+    with child.sessions.begin() as session:
+        closed = transitions.close_read(
+            session,
+            claim,
+            output,
+            output_path=str(path.relative_to(data)),
+            output_sha256=sha256,
+            now=_now(),
+            actor=child.name,
+        )
+    log.info("analysis_read" if closed else "fence_lost", **output.counts.model_dump())
+
+
+def _close_fault(child: Child, claim: Claim, code: str, reason: str) -> None:
+    with child.sessions.begin() as session:
+        state = transitions.close_fault(
+            session,
+            claim,
+            code=code,
+            reason=reason,
+            max_attempts=child.settings.queue.max_attempts,
+            now=_now(),
+            actor=child.name,
+        )
+    log.warning("analysis_closed", state=state or "fence lost", code=code)
+
+
+@contextmanager
+def _lease_kept(sessions: sessionmaker[Session], claim: Claim, lease_s: float) -> Iterator[None]:
+    """Renew the lease every third of it while the block runs; a renewal that fails is tried again."""
+    over = Event()
+
+    def renew() -> None:
+        while not over.wait(lease_s / 3):
+            try:
+                with sessions.begin() as session:
+                    held = transitions.renew_lease(
+                        session, claim, lease_until=_now() + timedelta(seconds=lease_s)
+                    )
+            except DBAPIError as error:
+                log.warning("lease_not_renewed", error=type(error).__name__)
+            else:
+                if not held:
+                    log.warning("lease_lost")
+                    return
+
+    keeper = Thread(target=renew, name="lease", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        over.set()
+        keeper.join()
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
