@@ -15,8 +15,8 @@ class SliceChoice:
     """What the slice stage decided about S slices, in stack order.
 
     kept: (S,) bool; the first slice is always kept.
-    anchor: (S,) int64, the kept slice that stands for this one: itself when kept, else the last kept before it.
-    distance: (S,) float64, mean absolute difference to the anchor before this slice; NaN where none was taken.
+    anchor: (S,) int64, the kept slice that stands for this one: itself when kept, else the last one kept.
+    distance: (S,) float64, mean absolute difference to the anchor before it; NaN where none was taken.
     """
 
     kept: Tensor

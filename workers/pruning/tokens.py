@@ -16,7 +16,7 @@ class Reduced:
 
     features: (S, n, c); contextual targets hold what was merged into them. Rows not kept are as they came.
     kept: (S, n) bool, dominant tokens and contextual targets.
-    merged_into: (S, n) int64, the target (in the same slice) that carries this token; -1 where it is not merged.
+    merged_into: (S, n) int64, the target of the same slice that carries this token; -1 where not merged.
     scores: (S, n) float32, the attention received.
     """
 
@@ -136,7 +136,7 @@ def merge(features: Tensor, merged_into: Tensor, places: Tensor, *, count_target
     """Give each target the mean of its tokens: with itself counted in, or added to itself (a sum).
 
     features: (S, n, c); merged_into: (S, n) int64, -1 where not merged. Keeps the dtype; a target without
-    tokens and every other row stay bit for bit. By a matrix product: the same result each time, on any device.
+    tokens and every other row stay bit for bit. A matrix product, so that a device repeats its result.
     """
     tokens = features.shape[1]
     padded = torch.nn.functional.pad(features, (0, 0, 0, 1))  # a last row for places that hold no target
@@ -145,5 +145,8 @@ def merge(features: Tensor, merged_into: Tensor, places: Tensor, *, count_target
     arriving = (merged_into.unsqueeze(1) == places.unsqueeze(2)).float()  # (S, count, n)
     number = arriving.sum(dim=-1, keepdim=True)
     total = arriving @ features.float()
-    merged = (own.float() + total) / (1 + number) if count_target else own.float() + total / number.clamp(min=1)
+    if count_target:
+        merged = (own.float() + total) / (1 + number)
+    else:
+        merged = own.float() + total / number.clamp(min=1)
     return padded.scatter(1, index, torch.where(number > 0, merged.to(features.dtype), own))[:, :tokens]
