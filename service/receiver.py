@@ -1,0 +1,448 @@
+"""Association -> C-ECHO, C-STORE -> DIMSE status. Who may send, what a status means, and when it may be Success.
+
+Decides and writes files through the spool; the transport is the acceptor's. No database, no queue.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import IntEnum
+from io import BytesIO
+from threading import Event, Lock, Thread
+
+import structlog
+from pydicom.filereader import read_dataset
+from pydicom.tag import BaseTag
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
+from pynetdicom import ALL_TRANSFER_SYNTAXES
+from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
+
+from service.acceptor import Acceptor, Peer, Refusal, StoreRequest
+from service.shared.log import explain_exception
+from service.shared.settings import ScpSettings, SourceSettings
+from service.spool import (
+    HEARTBEAT_STALE_S,
+    IMPLEMENTATION_CLASS_UID,
+    IMPLEMENTATION_VERSION_NAME,
+    Arrival,
+    NoSpace,
+    OpenAssociation,
+    Spool,
+    key,
+)
+
+MAX_INFLATED_BYTES = 64 << 20  # of a deflated data set, to find its UIDs; more is a bomb
+HEARTBEAT_S = HEARTBEAT_STALE_S / 3
+
+# Their pixel data lies on another server or in another stream: what is stored would not be the instance.
+_NOT_IN_THE_OBJECT = re.compile(r"1\.2\.840\.10008\.1\.2\.(4\.(94|95|204|205)|7\..*)")
+TRANSFER_SYNTAXES = frozenset(uid for uid in ALL_TRANSFER_SYNTAXES if not _NOT_IN_THE_OBJECT.fullmatch(uid))
+
+_UID = re.compile(r"[0-9.]{1,64}")  # leading zeros occur in the field and do no harm; anything else is refused
+_HEADER_TAGS = {
+    "sop_class_uid": 0x00080016,
+    "sop_instance_uid": 0x00080018,
+    "modality": 0x00080060,
+    "study_uid": 0x0020000D,
+    "series_uid": 0x0020000E,
+}
+_MODALITY = re.compile(r"[A-Z0-9_ ]{0,16}")  # CS
+
+log = structlog.get_logger(__name__)
+
+
+class Status(IntEnum):
+    """The statuses of our C-STORE answers (PS3.4 table B.2-1)."""
+
+    SUCCESS = 0x0000  # instance and receipt are durable
+    OUT_OF_RESOURCES = 0xA700  # no space, or the disk failed; send again later
+    DOES_NOT_MATCH = 0xA900  # the data set is not what the command announced
+    CANNOT_UNDERSTAND = 0xC000  # a UID is missing or malformed
+    UNREADABLE = 0xC210  # nothing in it can be read as a data set
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What identifies an instance, as its data set says; "" where it says nothing."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    study_uid: str
+    series_uid: str
+    modality: str
+
+
+class Unreadable(Exception):
+    """Nothing in it can be read as a data set of this transfer syntax."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    status: Status
+    reason: str = ""  # for the log: names attributes, never values
+
+
+def judge(affected_sop_class_uid: str | None, affected_sop_instance_uid: str | None, header: Header) -> Verdict:
+    """Whether the data set is what the command announced, and can be told from every other instance."""
+    if not affected_sop_class_uid or not affected_sop_instance_uid:
+        return Verdict(Status.CANNOT_UNDERSTAND, "the command lacks an Affected SOP Class or Instance UID")
+    for name in ("sop_class_uid", "sop_instance_uid", "study_uid", "series_uid"):
+        uid = getattr(header, name)
+        if not uid:
+            return Verdict(Status.CANNOT_UNDERSTAND, f"the data set has no {name}")
+        if not _UID.fullmatch(uid):
+            return Verdict(Status.CANNOT_UNDERSTAND, f"the {name} of the data set is not a UID")
+    if affected_sop_class_uid.strip(" \0") != header.sop_class_uid:
+        return Verdict(Status.DOES_NOT_MATCH, "Affected SOP Class UID and data set differ")
+    if affected_sop_instance_uid.strip(" \0") != header.sop_instance_uid:
+        return Verdict(Status.DOES_NOT_MATCH, "Affected SOP Instance UID and data set differ")
+    return Verdict(Status.SUCCESS)
+
+
+def read_header(data_set: BytesIO, transfer_syntax_uid: str) -> Header:
+    """The identifying attributes, as text without padding; pixel data is neither read nor decoded.
+
+    Unreadable when none of them is found. Tolerant otherwise: `judge` decides on what is there.
+    """
+    stream = _inflated(data_set) if transfer_syntax_uid == DeflatedExplicitVRLittleEndian else data_set
+    stream.seek(0)
+    try:
+        elements = read_dataset(
+            stream,
+            is_implicit_VR=transfer_syntax_uid == ImplicitVRLittleEndian,
+            is_little_endian=transfer_syntax_uid != ExplicitVRBigEndian,
+            stop_when=_is_past_the_header,
+            specific_tags=list(_HEADER_TAGS.values()),
+        )
+        # raw, so that pydicom neither checks nor quotes a value
+        found = {name: elements.get_item(tag) for name, tag in _HEADER_TAGS.items()}
+    except Exception as error:  # noqa: BLE001  pydicom raises whatever the bytes lead it to
+        raise Unreadable(explain_exception(error)) from None
+    values = {name: _text(getattr(element, "value", None)) for name, element in found.items()}
+    if not any(values.values()):
+        raise Unreadable("no identifying attribute")
+    if not _MODALITY.fullmatch(values["modality"]):
+        values["modality"] = ""
+    return Header(**values)
+
+
+def _is_past_the_header(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+    return bool(tag > _HEADER_TAGS["series_uid"])
+
+
+def _text(value: object) -> str:
+    return value.decode("latin-1").strip(" \0") if isinstance(value, bytes) else ""
+
+
+def _inflated(data_set: BytesIO) -> BytesIO:
+    try:
+        return BytesIO(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data_set.getbuffer(), MAX_INFLATED_BYTES))
+    except zlib.error:
+        raise Unreadable("not deflated") from None
+
+
+def is_storage(abstract_syntax: UID) -> bool:
+    """Every storage class, current, retired, private or newer than our dictionary; no other service."""
+    if abstract_syntax.name == abstract_syntax:  # not in the dictionary
+        return True
+    return (
+        abstract_syntax.type == "SOP Class"
+        and "Storage" in abstract_syntax.name
+        and "Commitment" not in abstract_syntax.name
+        and "Directory" not in abstract_syntax.name
+    )
+
+
+def acceptable(proposed: Iterable[UID]) -> list[UID]:
+    """Of the proposed transfer syntaxes, those we store as they are, best first.
+
+    Explicit VR Little Endian, so that nobody compresses with loss for us; then what the sender has, in its
+    order, so that it need not transcode; Implicit VR last, because it loses the VRs of private elements.
+    """
+    offered = [uid for uid in dict.fromkeys(proposed) if uid in TRANSFER_SYNTAXES]
+    rank = {
+        ExplicitVRLittleEndian: 0,
+        DeflatedExplicitVRLittleEndian: 2,
+        ExplicitVRBigEndian: 3,
+        ImplicitVRLittleEndian: 4,
+    }
+    return sorted(offered, key=lambda uid: rank.get(uid, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Denial:
+    """Why an association is refused, and the configuration that would let it in."""
+
+    refusal: Refusal
+    reason: str
+    remedy: str
+
+
+def deny(
+    peer: Peer,
+    scp: ScpSettings,
+    sources: Sequence[SourceSettings],
+    addresses_of: Callable[[str], frozenset[str]],
+) -> Denial | None:
+    """Why this peer may not associate; None when it may (PS3.8 9.3.4).
+
+    addresses_of gives the addresses of a host name as text, none when it cannot be resolved.
+    """
+    if peer.called_ae != scp.ae_title:
+        remedy = f'[scp] ae_title = "{peer.called_ae}" here, or call "{scp.ae_title}" there'
+        return Denial(Refusal(1, 1, 7), "called AE title is not ours", remedy)
+    known = [source for source in sources if source.ae_title == peer.calling_ae]
+    if not known and not scp.accept_unknown_sources:
+        remedy = f'[[source]] ae_title = "{peer.calling_ae}", or [scp] accept_unknown_sources = true'
+        return Denial(Refusal(1, 1, 3), "calling AE title is not a source", remedy)
+    if known and not any(_is_from(peer.address, source.host, addresses_of) for source in known):
+        remedy = f'[[source]] ae_title = "{peer.calling_ae}", host = "{peer.address}"'
+        return Denial(Refusal(1, 1, 3), "calling AE title comes from another host than its [[source]]", remedy)
+    return None
+
+
+def deny_crowd(scp: ScpSettings, open_associations: int) -> Denial | None:
+    """Why no further association is accepted right now; the sender may try again."""
+    if open_associations < scp.max_associations:
+        return None
+    remedy = f"[scp] max_associations above {scp.max_associations}"
+    return Denial(Refusal(2, 3, 2), "as many associations as allowed are open", remedy)
+
+
+def _is_from(address: str, host: str | None, addresses_of: Callable[[str], frozenset[str]]) -> bool:
+    if host is None:
+        return True
+    caller = _plain(address)
+    try:
+        return ipaddress.ip_address(caller) in ipaddress.ip_network(host, strict=False)
+    except ValueError:  # a name
+        return caller in {_plain(resolved) for resolved in addresses_of(host)}
+
+
+def _plain(address: str) -> str:
+    """An IPv4 address that came through an IPv6 socket, as IPv4; no zone."""
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return str(mapped or parsed)
+
+
+def resolve(host: str) -> frozenset[str]:
+    """The addresses of a host name; none when it cannot be resolved."""
+    try:
+        return frozenset(str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
+    except OSError:
+        return frozenset()
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What an open association has brought so far. Touched by its own thread, read by the heartbeat's."""
+
+    stored: int = 0
+    refused: int = 0
+    size_bytes: int = 0
+    study_keys: list[str] = field(default_factory=list)
+
+
+class Receiver:
+    """The Storage and Verification SCP. Writes to the spool, and to nothing else."""
+
+    def __init__(self, scp: ScpSettings, sources: tuple[SourceSettings, ...], spool: Spool) -> None:
+        self._scp = scp
+        self._sources = sources
+        self._spool = spool
+        self._acceptor: Acceptor | None = None
+        self._open: dict[str, _Tally] = {}  # by association id
+        self._lock = Lock()
+        self._stopping = Event()
+        self._heart = Thread(target=self._keep_heartbeats_fresh, name="heartbeats", daemon=True)
+
+    @property
+    def port(self) -> int:
+        """The bound port, which is the configured one unless that is 0."""
+        if self._acceptor is None:
+            raise RuntimeError("the receiver has not been started")
+        return self._acceptor.port
+
+    def start(self) -> None:
+        """Recover the spool, then listen. OSError when the port cannot be bound, SpoolInUse beside another."""
+        self._spool.claim()
+        try:
+            found = self._spool.recover(datetime.now(UTC))
+            self._acceptor = Acceptor(
+                host=self._scp.host,
+                port=self._scp.port,
+                ae_title=self._scp.ae_title,
+                max_pdu_bytes=self._scp.max_pdu_bytes,
+                idle_timeout_s=self._scp.idle_timeout_s,
+                implementation=(IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME),
+                service=self,
+            )
+        except BaseException:
+            self._spool.release()
+            raise
+        if found.unfinished or found.orphans:
+            log.warning(
+                "spool_recovered",
+                unfinished=found.unfinished,
+                orphans=found.orphans,
+                orphans_removed=found.orphans_removed,
+            )
+        if not self._sources and not self._scp.accept_unknown_sources:
+            log.warning(
+                "every_sender_is_refused",
+                reason="there is no [[source]]",
+                remedy='[[source]] ae_title = "THE SENDER\'S AE TITLE", or [scp] accept_unknown_sources = true',
+            )
+        self._heart.start()
+        self._acceptor.start()
+        log.info("receiver_listens", ae_title=self._scp.ae_title, host=self._scp.host, port=self.port)
+
+    def stop(self, grace_s: float) -> None:
+        """Take no new association, let open ones finish for `grace_s` seconds, abort what is left."""
+        if self._acceptor is None:
+            return
+        log.info("receiver_stops", open_associations=len(self._open), grace_s=grace_s)
+        aborted = self._acceptor.stop(grace_s)
+        self._stopping.set()
+        self._heart.join()
+        self._spool.release()
+        log.info("receiver_stopped", aborted=aborted)
+
+    # --- what the acceptor asks ---
+
+    def admit(self, peer: Peer) -> Refusal | None:
+        denial = deny(peer, self._scp, self._sources, resolve)
+        with self._lock:
+            denial = denial or deny_crowd(self._scp, len(self._open))
+            if denial is None:
+                self._open[peer.association_id] = _Tally()
+        names = {"calling_ae": peer.calling_ae, "called_ae": peer.called_ae, "address": peer.address}
+        if denial is not None:
+            log.warning("association_refused", **names, reason=denial.reason, remedy=denial.remedy)
+            return denial.refusal
+        log.info("association_opened", **names, association_id=peer.association_id)
+        return None
+
+    def transfer_syntaxes(self, abstract_syntax: UID, proposed: Sequence[UID]) -> list[UID]:
+        if abstract_syntax == Verification or is_storage(abstract_syntax):
+            # where nothing fits, one that was not proposed: the answer then blames the syntaxes, not the class
+            return acceptable(proposed) or [ExplicitVRLittleEndian]
+        return []
+
+    def store(self, peer: Peer, request: StoreRequest) -> int:
+        """Answer one C-STORE.
+
+        0x0000 only when instance and receipt are durable · 0xA700 no space or a fault of the disk
+        0xA900 not what the command announced · 0xC000 UIDs missing or malformed · 0xC210 cannot be read
+        """
+        tally = self._open[peer.association_id]
+        try:
+            verdict = self._store(peer, request, tally)
+        except Unreadable as error:
+            verdict = Verdict(Status.UNREADABLE, f"cannot be read: {error}")
+        except NoSpace:
+            verdict = Verdict(Status.OUT_OF_RESOURCES, "no space: below [spool] min_free_gb, or the disk is full")
+        except OSError as error:
+            verdict = Verdict(Status.OUT_OF_RESOURCES, f"the spool cannot be written: {error.strerror}")
+        except Exception as error:  # noqa: BLE001  whatever it was, it is not stored and must be answered
+            verdict = Verdict(Status.OUT_OF_RESOURCES, explain_exception(error))
+        if verdict.status is not Status.SUCCESS:
+            tally.refused += 1
+            log.warning(
+                "instance_refused",
+                calling_ae=peer.calling_ae,
+                address=peer.address,
+                association_id=peer.association_id,
+                status=f"0x{verdict.status:04X}",
+                reason=verdict.reason,
+            )
+        return int(verdict.status)
+
+    def closed(self, peer: Peer, released: bool) -> None:
+        with self._lock:
+            tally = self._open.pop(peer.association_id)
+        self._spool.close_association(peer.association_id)
+        log.info(
+            "association_closed",
+            calling_ae=peer.calling_ae,
+            association_id=peer.association_id,
+            released=released,
+            stored=tally.stored,
+            refused=tally.refused,
+            size_bytes=tally.size_bytes,
+            studies=len(tally.study_keys),
+        )
+
+    # --- inside ---
+
+    def _store(self, peer: Peer, request: StoreRequest, tally: _Tally) -> Verdict:
+        header = read_header(request.data_set, request.transfer_syntax_uid)
+        verdict = judge(request.affected_sop_class_uid, request.affected_sop_instance_uid, header)
+        if verdict.status is not Status.SUCCESS:
+            return verdict
+        study_key = key(header.study_uid)
+        if study_key not in tally.study_keys:
+            self._beat(peer, (*tally.study_keys, study_key))
+            tally.study_keys.append(study_key)
+        with request.data_set.getbuffer() as data_set:
+            receipt = self._spool.store(
+                Arrival(
+                    study_uid=header.study_uid,
+                    series_uid=header.series_uid,
+                    sop_class_uid=header.sop_class_uid,
+                    sop_instance_uid=header.sop_instance_uid,
+                    transfer_syntax_uid=request.transfer_syntax_uid,
+                    modality=header.modality,
+                    calling_ae=peer.calling_ae,
+                    called_ae=peer.called_ae,
+                    peer_address=peer.address,
+                    association_id=peer.association_id,
+                ),
+                data_set,
+                datetime.now(UTC),
+            )
+        tally.stored += 1
+        tally.size_bytes += receipt.size_bytes
+        log.debug(
+            "instance_stored",
+            calling_ae=peer.calling_ae,
+            study_key=study_key,
+            size_bytes=receipt.size_bytes,
+            duplicate=receipt.duplicate,
+        )
+        return verdict
+
+    def _beat(self, peer: Peer, study_keys: tuple[str, ...]) -> None:
+        self._spool.beat(
+            OpenAssociation(
+                association_id=peer.association_id,
+                calling_ae=peer.calling_ae,
+                called_ae=peer.called_ae,
+                peer_address=peer.address,
+                opened_at=peer.opened_at,
+                study_keys=study_keys,
+            )
+        )
+
+    def _keep_heartbeats_fresh(self) -> None:
+        while not self._stopping.wait(HEARTBEAT_S):
+            with self._lock:
+                opened = list(self._open)
+            for association_id in opened:
+                try:
+                    self._spool.touch_association(association_id)
+                except OSError as error:
+                    log.warning("heartbeat_failed", association_id=association_id, error=type(error).__name__)
