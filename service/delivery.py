@@ -1,4 +1,4 @@
-"""Outbox -> C-STORE SCU -> the destination's answer on record. Sends stored bytes, never builds or runs anything again."""
+"""Outbox -> C-STORE SCU -> the answer on record. Sends stored bytes, never builds or runs anything again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from threading import Event, Thread
 
 import structlog
 from pydicom.uid import ExplicitVRLittleEndian
-from pynetdicom import AE, Association, _config, build_context
+from pynetdicom import AE, _config, build_context
+from pynetdicom.association import Association
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
@@ -131,9 +132,7 @@ def record(
     }
     if answer.verdict is Verdict.STORED:
         assert answer.status is not None
-        transitions.close_delivered(
-            session, delivery, status=answer.status, note=answer.reason, now=now, actor=ACTOR
-        )
+        transitions.close_delivered(session, delivery, status=answer.status, note=answer.reason, now=now, actor=ACTOR)
         log.info("delivered", **fields)
     elif answer.verdict is Verdict.REFUSED or spent:
         reason = answer.reason or ""
@@ -155,9 +154,7 @@ def record(
         log.warning("delivery_postponed", next_attempt_at=at.isoformat(timespec="seconds"), **fields)
 
 
-def send(
-    destination: DestinationSettings, scp: ScpSettings, results: list[Result], files: list[Path]
-) -> list[Answer]:
+def send(destination: DestinationSettings, scp: ScpSettings, results: list[Result], files: list[Path]) -> list[Answer]:
     """C-STORE the files over one association; one answer per file, in order."""
     association = _associate(destination, scp, {result.sop_class_uid for result in results})
     if not association.is_established:
@@ -178,8 +175,14 @@ def echo(destination: DestinationSettings, scp: ScpSettings) -> tuple[bool, str]
     association.release()
     code = status.get("Status")
     if code == 0x0000:
-        return True, f"{destination.ae_title} at {destination.host}:{destination.port} answers C-ECHO with Success"
-    return False, f"{destination.ae_title} at {destination.host}:{destination.port} answered C-ECHO with {code}"
+        return (
+            True,
+            f"{destination.ae_title} at {destination.host}:{destination.port} answers C-ECHO with Success",
+        )
+    return (
+        False,
+        f"{destination.ae_title} at {destination.host}:{destination.port} answered C-ECHO with {code}",
+    )
 
 
 def _associate(destination: DestinationSettings, scp: ScpSettings, sop_classes: set[str]) -> Association:
@@ -189,9 +192,7 @@ def _associate(destination: DestinationSettings, scp: ScpSettings, sop_classes: 
     application.dimse_timeout = destination.timeout_s
     application.network_timeout = destination.timeout_s
     contexts = [build_context(uid, ExplicitVRLittleEndian) for uid in sorted(sop_classes)[:MAX_CONTEXTS]]
-    return application.associate(
-        destination.host, destination.port, contexts=contexts, ae_title=destination.ae_title
-    )
+    return application.associate(destination.host, destination.port, contexts=contexts, ae_title=destination.ae_title)
 
 
 def _why_not(association: Association, destination: DestinationSettings) -> str:

@@ -78,7 +78,6 @@ class Doorbell:
 
 def dispatch_for_ever(settings: Settings, sessions: sessionmaker[Session], spool: Path, stop: Event) -> None:
     """Queue what is complete and ring for what waits, until `stop`; survives a database or queue that is away."""
-    routing.check_routes(routes(settings))
     doorbell = Doorbell(settings)
     while not stop.is_set():
         try:
@@ -89,9 +88,7 @@ def dispatch_for_ever(settings: Settings, sessions: sessionmaker[Session], spool
     doorbell.close()
 
 
-def sweep(
-    settings: Settings, sessions: sessionmaker[Session], spool: Path, doorbell: Doorbell, now: datetime
-) -> None:
+def sweep(settings: Settings, sessions: sessionmaker[Session], spool: Path, doorbell: Doorbell, now: datetime) -> None:
     """One round: complete studies are queued, exhausted analyses failed, waiting ones rung for."""
     with sessions() as session:
         waiting = session.scalars(
@@ -127,7 +124,12 @@ def queue_study(session: Session, study_id: int, settings: Settings, spool: Path
     chosen = routing.taking(routes(settings), series_attributes(session, study_id, spool, routes(settings)))
     if not chosen:
         audit.append(
-            session, AuditKind.STUDY_UNROUTED, now=now, actor=ACTOR, study_id=study_id, revision=study.revision
+            session,
+            AuditKind.STUDY_UNROUTED,
+            now=now,
+            actor=ACTOR,
+            study_id=study_id,
+            revision=study.revision,
         )
         log.warning("study_unrouted", study_id=study_id, remedy="no [[route]] matches; see `explain`")
     for route in chosen:
@@ -212,9 +214,7 @@ def ring_waiting(settings: Settings, sessions: sessionmaker[Session], doorbell: 
 
 def _snapshot(settings: Settings) -> dict[str, Any]:
     """What decides how a study is read, as configured; kept with the analysis, so that it can be repeated."""
-    return {
-        section: getattr(settings, section).model_dump(mode="json") for section in ("model", "pruning", "series")
-    }
+    return {section: getattr(settings, section).model_dump(mode="json") for section in ("model", "pruning", "series")}
 
 
 def _values(path: Path, wanted: list[str]) -> dict[str, list[str]]:

@@ -83,9 +83,7 @@ def recent(session: Session, *, limit: int, state: str | None = None) -> list[Ro
         query = query.where(or_(Study.state == state, Analysis.state == state))
     rows = []
     for study, header, analysis in session.execute(query):
-        instances = session.scalar(
-            select(func.count()).select_from(Instance).where(Instance.study_id == study.id)
-        )
+        instances = session.scalar(select(func.count()).select_from(Instance).where(Instance.study_id == study.id))
         rows.append(
             {
                 "study_id": study.id,
@@ -115,7 +113,9 @@ def study_named(session: Session, name: str) -> Study:
         found = session.scalars(select(Study).where(Study.id == int(name))).all()
     if not found:
         found = session.scalars(
-            select(Study).join(StudyHeader, StudyHeader.study_id == Study.id).where(StudyHeader.accession_number == name)
+            select(Study)
+            .join(StudyHeader, StudyHeader.study_id == Study.id)
+            .where(StudyHeader.accession_number == name)
         ).all()
     if not found:
         raise NotFound(f"no study with Study Instance UID, number or accession number {name!r}; see `history`")
@@ -139,7 +139,9 @@ def study_story(session: Session, study: Study) -> Row:
     events = session.scalars(select(AuditEvent).where(AuditEvent.study_id == study.id).order_by(AuditEvent.id)).all()
     return {
         "study": _columns(study),
-        "header": None if header is None else {k: v for k, v in _columns(header).items() if k not in ("salt", "study_id")},
+        "header": None
+        if header is None
+        else {k: v for k, v in _columns(header).items() if k not in ("salt", "study_id")},
         "series": [
             {"series_uid": uid, "modality": modality, "instances": count, "size_bytes": int(size or 0)}
             for uid, modality, count, size in series
@@ -171,7 +173,7 @@ def _analysis_story(session: Session, analysis: Analysis) -> Row:
 
 
 def _counts(session: Session, column: Any, states: Any) -> dict[str, int]:
-    present = dict(session.execute(select(column, func.count()).group_by(column)).tuples().all())
+    present: dict[Any, int] = dict(session.execute(select(column, func.count()).group_by(column)).tuples().all())
     return {state.value: present.get(state, 0) for state in states}
 
 

@@ -61,7 +61,19 @@ def print_status(console: Console, status: Row) -> None:
 
 def print_history(console: Console, rows: list[Row]) -> None:
     table = Table(header_style="bold")
-    for heading in ("#", "received", "from", "accession", "images", "rev", "study", "analysis", "slices", "tokens", "results"):
+    for heading in (
+        "#",
+        "received",
+        "from",
+        "accession",
+        "images",
+        "rev",
+        "study",
+        "analysis",
+        "slices",
+        "tokens",
+        "results",
+    ):
         table.add_column(heading, overflow="fold")
     for row in rows:
         counts = row["counts"] or {}
@@ -100,8 +112,10 @@ def print_study(console: Console, story: Row) -> None:
         facts.add_row("study", escape(f"{header['study_date']} {header['study_description']}"))
     for series in story["series"]:
         facts.add_row(
-            "series", f"{series['modality']}, {series['instances']} instances, {series['size_bytes'] / 1e6:.1f} MB",
-            "", series["series_uid"],
+            "series",
+            f"{series['modality']}, {series['instances']} instances, {series['size_bytes'] / 1e6:.1f} MB",
+            "",
+            series["series_uid"],
         )
     console.print(Panel(facts, title=f"study {study['id']}", title_align="left"))
     for analysis in story["analyses"]:
@@ -124,7 +138,10 @@ def _analysis(analysis: Row) -> RenderableType:
     facts.add_row("pruning", escape(_pairs(analysis["pruning"] or analysis["settings"]["pruning"])))
     if analysis["model"]:
         model = analysis["model"]
-        facts.add_row("model", escape(f"{model['name']} ({model['architecture']}, {model['dtype']} on {model['device']})"))
+        facts.add_row(
+            "model",
+            escape(f"{model['name']} ({model['architecture']}, {model['dtype']} on {model['device']})"),
+        )
         facts.add_row("weights", f"sha256 {model['weights_sha256']}")
         facts.add_row("software", f"torch {model['torch_version']}, transformers {model['transformers_version']}")
     if analysis["flags"]:
@@ -137,7 +154,9 @@ def _analysis(analysis: Row) -> RenderableType:
         parts += [Text("Findings", style="bold"), Text(analysis["report"]["findings"])]
         parts += [Text("Impression", style="bold"), Text(analysis["report"]["impression"])]
     for result in analysis["results"]:
-        parts.append(Text.from_markup(f"result {result['kind']} {_state(result['state'])} {result['sop_instance_uid']}"))
+        parts.append(
+            Text.from_markup(f"result {result['kind']} {_state(result['state'])} {result['sop_instance_uid']}")
+        )
         for delivery in result["deliveries"]:
             status = "" if delivery["status"] is None else f" 0x{delivery['status']:04X}"
             reason = f": {delivery['reason']}" if delivery["reason"] else ""
@@ -147,7 +166,8 @@ def _analysis(analysis: Row) -> RenderableType:
                     f"{delivery['attempts']} attempts{escape(reason)}"
                 )
             )
-    title = f"analysis {analysis['id']}: route {analysis['route']}, revision {analysis['revision']}, run {analysis['run_number']}"
+    identity = f"route {analysis['route']}, revision {analysis['revision']}, run {analysis['run_number']}"
+    title = f"analysis {analysis['id']}: {identity}"
     return Panel(Group(*parts), title=title, title_align="left")
 
 
@@ -167,7 +187,12 @@ SLICE_STEPS = {
     "inputs": "model inputs",
     "inputs_kept": "kept",
 }
-TOKEN_STEPS = {"tokens_in": "in", "tokens_kept": "kept", "tokens_merged": "merged", "tokens_generated": "written"}
+TOKEN_STEPS = {
+    "tokens_in": "in",
+    "tokens_kept": "kept",
+    "tokens_merged": "merged",
+    "tokens_generated": "written",
+}
 
 
 def _funnel(counts: Row, steps: dict[str, str]) -> str:

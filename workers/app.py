@@ -61,7 +61,7 @@ def build_app(settings: Settings) -> Celery:
     app.conf.update(celery_options(settings))
     app.conf.update(
         task_acks_late=True,  # a message is gone only when its task is over
-        task_reject_on_worker_lost=True,  # a killed child gives its message back at once; attempts count in the database
+        task_reject_on_worker_lost=True,  # a killed child gives its message back; the database counts attempts
         worker_prefetch_multiplier=1,  # a waiting message is for whichever worker is free
         worker_concurrency=1,  # one model, one GPU
         worker_pool="prefork",  # the only pool that enforces time limits and survives a killed child

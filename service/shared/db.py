@@ -225,9 +225,7 @@ class ReportText(Base):
 
     __tablename__ = "report_text"
 
-    analysis_id: Mapped[int] = mapped_column(
-        BigId, ForeignKey("analysis.id"), primary_key=True, autoincrement=False
-    )
+    analysis_id: Mapped[int] = mapped_column(BigId, ForeignKey("analysis.id"), primary_key=True, autoincrement=False)
     findings: Mapped[str] = mapped_column(Text)
     impression: Mapped[str] = mapped_column(Text)
     raw_text: Mapped[str] = mapped_column(Text)

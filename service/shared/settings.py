@@ -35,29 +35,29 @@ class DataSettings(Section):
 class ScpSettings(Section):
     ae_title: AETitle = "MEDPRUNER"
     host: str = "127.0.0.1"
-    port: int = Field(11112, ge=0, le=65535)
-    max_pdu_bytes: int = Field(131072, ge=4096, le=1048576)
-    max_associations: int = Field(64, ge=1)
-    idle_timeout_s: float = Field(30, gt=0)
+    port: int = Field(default=11112, ge=0, le=65535)
+    max_pdu_bytes: int = Field(default=131072, ge=4096, le=1048576)
+    max_associations: int = Field(default=64, ge=1)
+    idle_timeout_s: float = Field(default=30, gt=0)
     accept_unknown_sources: bool = False
 
 
 class SourceSettings(Section):
     ae_title: AETitle
     host: str | None = None
-    quiet_period_s: float | None = Field(None, gt=0)
+    quiet_period_s: float | None = Field(default=None, gt=0)
 
 
 class SpoolSettings(Section):
     path: Path | None = None
-    keep_days: float = Field(3, ge=0)
-    min_free_gb: float = Field(5, ge=0)
+    keep_days: float = Field(default=3, ge=0)
+    min_free_gb: float = Field(default=5, ge=0)
 
 
 class AssemblySettings(Section):
-    quiet_period_s: float = Field(60, gt=0)
-    max_open_s: float = Field(5400, gt=0)
-    sweep_s: float = Field(2, gt=0)
+    quiet_period_s: float = Field(default=60, gt=0)
+    max_open_s: float = Field(default=5400, gt=0)
+    sweep_s: float = Field(default=2, gt=0)
 
 
 class DatabaseSettings(Section):
@@ -67,11 +67,11 @@ class DatabaseSettings(Section):
 class QueueSettings(Section):
     url: SecretStr = SecretStr("")
     name: str = "medpruner"
-    hard_time_limit_s: int = Field(1800, ge=1)
-    visibility_timeout_s: int = Field(2400, ge=2)
-    lease_s: float = Field(20, gt=0)
-    max_attempts: int = Field(3, ge=1)
-    ring_again_s: float = Field(30, gt=0)
+    hard_time_limit_s: int = Field(default=1800, ge=1)
+    visibility_timeout_s: int = Field(default=2400, ge=2)
+    lease_s: float = Field(default=20, gt=0)
+    max_attempts: int = Field(default=3, ge=1)
+    ring_again_s: float = Field(default=30, gt=0)
 
     @model_validator(mode="after")
     def redelivery_waits_for_the_time_limit(self) -> QueueSettings:
@@ -87,8 +87,8 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    max_new_tokens: int = Field(512, ge=1)
-    threads: int = Field(0, ge=0)
+    max_new_tokens: int = Field(default=512, ge=1)
+    threads: int = Field(default=0, ge=0)
 
 
 class PruningMethod(StrEnum):
@@ -100,24 +100,24 @@ class PruningSettings(Section):
     method: PruningMethod = PruningMethod.MEDPRUNER
     slice_stage: bool = True
     token_stage: bool = True
-    gamma: float = Field(0.05, ge=0, le=2)
-    tau: float = Field(0.9, gt=0, le=1)
-    temperature: float = Field(2.0, gt=0)
-    contextual_fraction: float = Field(0.05, ge=0, lt=1)
+    gamma: float = Field(default=0.05, ge=0, le=2)
+    tau: float = Field(default=0.9, gt=0, le=1)
+    temperature: float = Field(default=2.0, gt=0)
+    contextual_fraction: float = Field(default=0.05, ge=0, lt=1)
 
 
 class SeriesSettings(Section):
     modality: tuple[str, ...] = ("CT", "MR")
     orientation: Literal["axial", "any"] = "axial"
-    min_slices: int = Field(8, ge=1)
-    max_slices: int = Field(85, ge=1)
-    max_gap_mm: float = Field(30, gt=0)
-    decode_timeout_s: float = Field(300, gt=0)
-    decode_memory_gb: float = Field(8, gt=0)
+    min_slices: int = Field(default=8, ge=1)
+    max_slices: int = Field(default=85, ge=1)
+    max_gap_mm: float = Field(default=30, gt=0)
+    decode_timeout_s: float = Field(default=300, gt=0)
+    decode_memory_gb: float = Field(default=8, gt=0)
 
 
 class RouteSettings(Section):
-    name: str = Field("default", pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
+    name: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
     match: dict[str, str] = Field(default_factory=dict)
     prompt: str | None = None
     destinations: tuple[str, ...] | None = None
@@ -139,10 +139,10 @@ class DestinationSettings(Section):
     port: int = Field(ge=1, le=65535)
     calling_ae_title: AETitle | None = None
     sr_sop_class: SrSopClass = SrSopClass.COMPREHENSIVE_3D
-    timeout_s: float = Field(30, gt=0)
-    retry_delay_s: float = Field(30, gt=0)
-    retry_max_delay_s: float = Field(900, gt=0)
-    retry_max_attempts: int = Field(100, ge=1)
+    timeout_s: float = Field(default=30, gt=0)
+    retry_delay_s: float = Field(default=30, gt=0)
+    retry_max_delay_s: float = Field(default=900, gt=0)
+    retry_max_attempts: int = Field(default=100, ge=1)
 
 
 class ReportSettings(Section):
@@ -151,11 +151,11 @@ class ReportSettings(Section):
         "You are a radiology assistant. Read the slices of this examination in order and write a report "
         "with the sections Findings: and Impression:."
     )
-    series_number: int = Field(9901, ge=1, le=2**31 - 1)
-    series_description: str = Field("AI findings (unverified)", min_length=1, max_length=64)
-    manufacturer: str = Field("medpruner-pacs", max_length=64)
-    institution: str | None = Field(None, max_length=64)
-    device_serial_number: str = Field("0", max_length=64)
+    series_number: int = Field(default=9901, ge=1, le=2**31 - 1)
+    series_description: str = Field(default="AI findings (unverified)", min_length=1, max_length=64)
+    manufacturer: str = Field(default="medpruner-pacs", max_length=64)
+    institution: str | None = Field(default=None, max_length=64)
+    device_serial_number: str = Field(default="0", max_length=64)
     default_charset: str = "ISO_IR 100"
 
 
@@ -330,7 +330,7 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 def _contradictions(settings: Settings) -> Iterator[str]:
     """What is valid key by key and still cannot be meant."""
     for kind, items in (("route", settings.route), ("destination", settings.destination)):
-        names = [item.name for item in items]  # type: ignore[attr-defined]
+        names = [item.name for item in items]
         yield from (f"[[{kind}]] name {name!r} stands twice" for name in sorted(set(names)) if names.count(name) > 1)
     known = {destination.name for destination in settings.destination}
     for route in settings.route:

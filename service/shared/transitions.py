@@ -42,7 +42,7 @@ class Claim:
 # --- study ---------------------------------------------------------------------------------------------------------
 
 
-def open_study(session: Session, study: Study, *, now: datetime, actor: str) -> bool:
+def open_study(session: Session, study: Study, *, now: datetime, actor: str, vouches_sha256: str) -> bool:
     """An image instance came: complete -> receiving, revision + 1, and what is still queued is superseded.
 
     True when the study was opened or reopened, False when it was receiving already. The caller holds the row
@@ -56,14 +56,29 @@ def open_study(session: Session, study: Study, *, now: datetime, actor: str) -> 
     study.opened_at = now
     study.completed_at = None
     kind = AuditKind.STUDY_REOPENED if reopened else AuditKind.STUDY_OPENED
-    audit.append(session, kind, now=now, actor=actor, study_id=study.id, revision=study.revision)
+    audit.append(
+        session,
+        kind,
+        now=now,
+        actor=actor,
+        study_id=study.id,
+        vouches_sha256=vouches_sha256,
+        revision=study.revision,
+    )
     if reopened:
         supersede_queued(session, study.id, now=now, actor=actor)
     return True
 
 
 def complete_study(
-    session: Session, study_id: int, *, revision: int, last_image_at: datetime, now: datetime, actor: str, why: str
+    session: Session,
+    study_id: int,
+    *,
+    revision: int,
+    last_image_at: datetime,
+    now: datetime,
+    actor: str,
+    why: str,
 ) -> bool:
     """receiving -> complete, unless another image instance came since the decision was made."""
     changed = _changed(
@@ -79,7 +94,13 @@ def complete_study(
     )
     if changed:
         audit.append(
-            session, AuditKind.STUDY_COMPLETE, now=now, actor=actor, study_id=study_id, revision=revision, why=why
+            session,
+            AuditKind.STUDY_COMPLETE,
+            now=now,
+            actor=actor,
+            study_id=study_id,
+            revision=revision,
+            why=why,
         )
     return changed
 
@@ -107,7 +128,13 @@ def queue_analysis(session: Session, analysis: Analysis, *, now: datetime, actor
 
 
 def claim_analysis(
-    session: Session, analysis_id: int, *, worker: str, now: datetime, lease_until: datetime, max_attempts: int
+    session: Session,
+    analysis_id: int,
+    *,
+    worker: str,
+    now: datetime,
+    lease_until: datetime,
+    max_attempts: int,
 ) -> Claim | None:
     """queued (or running with an expired lease) -> running under a new fence; None when there is nothing to claim."""
     changed = _changed(
@@ -249,9 +276,7 @@ def close_fault(
 
 def fail_exhausted(session: Session, *, max_attempts: int, now: datetime, actor: str) -> int:
     """running, lease expired, attempts spent -> failed; how many. Nobody is left who could close these."""
-    spent = and_(
-        Analysis.state == AnalysisState.RUNNING, Analysis.lease_until < now, Analysis.attempts >= max_attempts
-    )
+    spent = and_(Analysis.state == AnalysisState.RUNNING, Analysis.lease_until < now, Analysis.attempts >= max_attempts)
     failed = 0
     for analysis in session.scalars(select(Analysis).where(spent)).all():
         changed = _changed(
@@ -340,7 +365,12 @@ def requeue_failed(session: Session, analysis_id: int, *, now: datetime, actor: 
         update(Analysis)
         .where(Analysis.id == analysis_id, Analysis.state == AnalysisState.FAILED)
         .values(
-            state=AnalysisState.QUEUED, attempts=0, rung_at=None, finished_at=None, reason_code=None, reason=None
+            state=AnalysisState.QUEUED,
+            attempts=0,
+            rung_at=None,
+            finished_at=None,
+            reason_code=None,
+            reason=None,
         ),
     )
     if changed:
@@ -360,7 +390,12 @@ def requeue_failed(session: Session, analysis_id: int, *, now: datetime, actor: 
 
 
 def finish_analysis(
-    session: Session, analysis: Analysis, results: list[tuple[Result, list[str]]], *, now: datetime, actor: str
+    session: Session,
+    analysis: Analysis,
+    results: list[tuple[Result, list[str]]],
+    *,
+    now: datetime,
+    actor: str,
 ) -> bool:
     """read -> done with all result rows and deliveries; stays read, with an alert, when a result is quarantined.
 

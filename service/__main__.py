@@ -1,0 +1,405 @@
+"""The command line of the service, and its only wiring: settings, logs, database and spool meet the roles here."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import signal
+import sys
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from threading import Event
+from typing import Annotated
+
+import structlog
+import typer
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session, sessionmaker
+
+from service import assembly, commands, delivery, dispatch, history, printing, results, sender, supervisor
+from service.broker import NoRedisServer
+from service.demo import run_demo
+from service.receiver import Receiver
+from service.shared import VERSION, audit, schema
+from service.shared.audit import AuditKind
+from service.shared.db import open_engine, open_sessions
+from service.shared.log import set_up_logging
+from service.shared.settings import (
+    ConfigurationError,
+    DestinationSettings,
+    Settings,
+    database_url,
+    leaves,
+    load,
+    resolve,
+    spool_folder,
+)
+from service.spool import Spool, SpoolInUse
+
+RECEIVER_GRACE_S = 20.0
+SCHEMA_WAIT_S = 0.5
+
+log = structlog.get_logger(__name__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
+app.add_typer(config_app, name="config")
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", envvar="MEDPRUNER_CONFIG", help="Configuration file; without it, ./config.toml if any."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON for other programs, instead of tables.")]
+
+
+class Role(StrEnum):
+    RECEIVE = "receive"  # associations -> spool
+    INGEST = "ingest"  # spool -> rows; complete studies
+    DISPATCH = "dispatch"  # complete studies -> queue
+    DELIVER = "deliver"  # worker's output -> results -> destinations
+
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    role: Annotated[Role | None, typer.Option(help="Run one part only.")] = None,
+    no_worker: Annotated[bool, typer.Option("--no-worker", help="Workers run elsewhere.")] = False,
+) -> None:
+    """Run the service in the foreground until SIGTERM, with one worker."""
+    settings = _load(config)
+    set_up_logging(settings.log, role=role or "serve")
+    stop = _stop_on_signal()
+    settings.data.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if role is None:
+        _serve_all(settings, config, stop, with_worker=not no_worker)
+    elif role is Role.RECEIVE:
+        _receive(settings, stop)
+    else:
+        sessions = _sessions_when_ready(settings, stop)
+        if sessions is not None:
+            _LOOPS[role](settings, sessions, stop)
+
+
+def _serve_all(settings: Settings, config: Path | None, stop: Event, *, with_worker: bool) -> None:
+    """Every role under one supervisor; the database is upgraded first."""
+    try:
+        wanted = supervisor.commands(settings, config, with_worker=with_worker)
+    except NoRedisServer as error:
+        raise _fail(str(error)) from error
+    sessions = _upgraded(settings, stop)
+    if sessions is None:
+        return
+    _note(sessions, AuditKind.SERVICE_STARTED)
+    log.info("serving", ae_title=settings.scp.ae_title, host=settings.scp.host, port=settings.scp.port)
+    supervisor.supervise(wanted, stop)
+    _note(sessions, AuditKind.SERVICE_STOPPED)
+
+
+def _receive(settings: Settings, stop: Event) -> None:
+    spool = Spool(spool_folder(settings), int(settings.spool.min_free_gb * 1e9))
+    try:
+        receiver = Receiver(settings.scp, settings.source, spool)
+        receiver.start()
+    except (SpoolInUse, OSError) as error:
+        text = str(error) if isinstance(error, SpoolInUse) else error.strerror
+        raise _fail(f"[scp] {settings.scp.host}:{settings.scp.port}: {text}") from error
+    stop.wait()
+    receiver.stop(RECEIVER_GRACE_S)
+
+
+def _ingest(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
+    assembly.ingest_for_ever(settings, sessions, Spool(spool_folder(settings), 0), stop)
+
+
+def _dispatch(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
+    dispatch.dispatch_for_ever(settings, sessions, spool_folder(settings), stop)
+
+
+def _deliver(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
+    with results.building(settings, sessions, stop):
+        delivery.deliver_for_ever(settings, sessions, stop)
+
+
+_LOOPS: dict[Role, Callable[[Settings, sessionmaker[Session], Event], None]] = {
+    Role.INGEST: _ingest,
+    Role.DISPATCH: _dispatch,
+    Role.DELIVER: _deliver,
+}
+
+
+@app.command()
+def demo(
+    study: Annotated[Path | None, typer.Option(help="Send this folder instead of the example study.")] = None,
+    stay: Annotated[bool, typer.Option("--stay", help="Keep everything up until Ctrl-C.")] = False,
+) -> None:
+    """Receive, read and report an example CT study on this machine, with embedded defaults, from nothing."""
+    raise SystemExit(run_demo(study, stay=stay, console=Console(), stop=_stop_on_signal()))
+
+
+# --- talk to a PACS -------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def echo(
+    name: Annotated[str | None, typer.Argument(help="A [[destination]] name; all and ourselves without it.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """C-ECHO our own receiver and the destinations; exit 1 when one does not answer."""
+    settings = _load(config)
+    ourselves = DestinationSettings(
+        name="ourselves",
+        ae_title=settings.scp.ae_title,
+        host=_reachable(settings.scp.host),
+        port=settings.scp.port,
+        calling_ae_title=settings.source[0].ae_title if settings.source else None,
+        timeout_s=10,
+    )
+    known = {one.name: one for one in (ourselves, *settings.destination)}
+    if name is not None and name not in known:
+        raise _fail(f"no [[destination]] is called {name!r}; known: {', '.join(known)}")
+    answered = True
+    for one in [known[name]] if name else known.values():
+        well, sentence = delivery.echo(one, settings.scp)
+        answered &= well
+        typer.echo(f"{'ok  ' if well else 'FAIL'} {one.name}: {sentence}")
+    raise SystemExit(0 if answered else 1)
+
+
+@app.command()
+def send(
+    folder: Path,
+    config: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Receiver; our own without it.")] = None,
+    port: Annotated[int | None, typer.Option()] = None,
+    called_ae: Annotated[str | None, typer.Option("--called")] = None,
+    calling_ae: Annotated[str | None, typer.Option("--calling", help="The first [[source]] without it.")] = None,
+) -> None:
+    """Send a folder of DICOM files by C-STORE."""
+    settings = _load(config)
+    calling = calling_ae or (settings.source[0].ae_title if settings.source else "MEDPRUNER-SEND")
+    try:
+        sent = sender.send_study(
+            folder,
+            host=host or _reachable(settings.scp.host),
+            port=port or settings.scp.port,
+            called_ae=called_ae or settings.scp.ae_title,
+            calling_ae=calling,
+        )
+    except sender.CannotSend as error:
+        raise _fail(str(error)) from error
+    refused = [one for one in sent if not one.stored]
+    for one in refused:
+        status = "no answer" if one.status is None else f"0x{one.status:04X}"
+        typer.echo(f"{one.file}: {status}", err=True)
+    typer.echo(f"{len(sent) - len(refused)} of {len(sent)} instances stored")
+    raise SystemExit(1 if refused else 0)
+
+
+# --- look -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Counts by state, the oldest unfinished work, and what waits for which destination."""
+    settings = _load(config)
+    with _reading(settings)() as session:
+        found = history.status(session, settings.destination, datetime.now(UTC))
+    printing.print_json(found) if as_json else printing.print_status(Console(), found)
+
+
+@app.command("history")
+def history_command(
+    config: ConfigOption = None,
+    limit: Annotated[int, typer.Option(min=1)] = 20,
+    state: Annotated[str | None, typer.Option(help="Only studies or newest analyses in this state.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The newest studies with what became of them."""
+    settings = _load(config)
+    with _reading(settings)() as session:
+        rows = history.recent(session, limit=limit, state=state)
+    printing.print_json(rows) if as_json else printing.print_history(Console(), rows)
+
+
+@app.command()
+def show(
+    study: Annotated[str, typer.Argument(help="Study Instance UID, number in `history`, or accession number.")],
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One study: its series, analyses, report, results, deliveries and everything that happened."""
+    settings = _load(config)
+    with _reading(settings)() as session:
+        try:
+            story = history.study_story(session, history.study_named(session, study))
+        except history.NotFound as error:
+            raise _fail(str(error)) from error
+    printing.print_json(story) if as_json else printing.print_study(Console(), story)
+
+
+# --- change ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def requeue(
+    study: Annotated[str, typer.Argument(help="Study Instance UID, number in `history`, or accession number.")],
+    config: ConfigOption = None,
+    again: Annotated[bool, typer.Option("--again", help="Run every route once more, also where it is done.")] = False,
+) -> None:
+    """Resume what failed, was rejected or is held; with --again, run the study once more."""
+    settings = _load(config)
+    with _reading(settings).begin() as session:
+        try:
+            found = history.study_named(session, study)
+        except history.NotFound as error:
+            raise _fail(str(error)) from error
+        done = commands.requeue(session, found, settings, again=again, now=datetime.now(UTC), actor=_user())
+    typer.echo("; ".join(done) or "nothing to resume; --again runs it once more")
+
+
+@app.command()
+def cancel(
+    study: Annotated[str, typer.Argument(help="Study Instance UID, number in `history`, or accession number.")],
+    config: ConfigOption = None,
+) -> None:
+    """Cancel what is queued for a study; what runs is finished."""
+    settings = _load(config)
+    with _reading(settings).begin() as session:
+        try:
+            found = history.study_named(session, study)
+        except history.NotFound as error:
+            raise _fail(str(error)) from error
+        count = commands.cancel(session, found, now=datetime.now(UTC), actor=_user())
+    typer.echo(f"{count} analyses cancelled")
+
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+@config_app.command("check")
+def config_check(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Say what is configured and where each value comes from; secrets are masked. Exit 2 when something is wrong."""
+    try:
+        settings, sources = resolve(config, os.environ)
+        dispatch.check(settings)
+    except ConfigurationError as error:
+        raise _fail(str(error)) from error
+    rows = [(key, value, sources.get(key, "default")) for key, value in leaves(settings)]
+    if as_json:
+        printing.print_json({key: {"value": value, "source": source} for key, value, source in rows})
+        return
+    table = Table("key", "value", "from", header_style="bold")
+    for key, value, source in rows:
+        table.add_row(key, str(value), source)
+    console = Console()
+    console.print(table)
+    if not settings.source and not settings.scp.accept_unknown_sources:
+        console.print("No [[source]]: every sender is refused; add one, or set [scp] accept_unknown_sources = true.")
+    if not settings.destination:
+        console.print("No [[destination]]: results are kept and sent nowhere.")
+
+
+@app.command()
+def version() -> None:
+    """The version of this software."""
+    typer.echo(f"medpruner-pacs {VERSION} (research software, not a medical device)")
+
+
+# --- wiring ---------------------------------------------------------------------------------------------------------
+
+
+def _load(config: Path | None) -> Settings:
+    try:
+        settings = load(config, os.environ)
+        dispatch.check(settings)
+    except ConfigurationError as error:
+        raise _fail(str(error)) from error
+    return settings
+
+
+def _fail(message: str) -> SystemExit:
+    typer.echo(f"error: {message}", err=True)
+    return SystemExit(2)
+
+
+def _stop_on_signal() -> Event:
+    stop = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _upgraded(settings: Settings, stop: Event) -> sessionmaker[Session] | None:
+    """The database at its newest migration; waits for one that is away. None: told to stop meanwhile."""
+    engine = open_engine(database_url(settings))
+    while not stop.is_set():
+        try:
+            schema.upgrade(engine)
+        except DBAPIError as error:
+            log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
+            stop.wait(2)
+        else:
+            return open_sessions(engine)
+    return None
+
+
+def _sessions_when_ready(settings: Settings, stop: Event) -> sessionmaker[Session] | None:
+    """Sessions on a database that somebody has upgraded; None: told to stop meanwhile."""
+    engine = open_engine(database_url(settings))
+    said = False
+    while not stop.is_set():
+        try:
+            if schema.is_current(engine):
+                return open_sessions(engine)
+            problem = "not upgraded yet; `serve` without --role, or `alembic upgrade head`, does it"
+        except DBAPIError as error:
+            problem = f"{type(error).__name__}; see [database] url"
+        if not said:
+            log.warning("waiting_for_database", problem=problem)
+            said = True
+        stop.wait(SCHEMA_WAIT_S)
+    return None
+
+
+def _reading(settings: Settings) -> sessionmaker[Session]:
+    """Sessions for a command; exit 2 when there is no database to look at."""
+    engine = open_engine(database_url(settings))
+    try:
+        if schema.is_current(engine):
+            return open_sessions(engine)
+    except DBAPIError as error:
+        raise _fail(f"the database cannot be reached ({type(error).__name__}); see [database] url") from error
+    raise _fail("the database is empty or of another version; `./run serve` creates and upgrades it")
+
+
+def _note(sessions: sessionmaker[Session], kind: AuditKind) -> None:
+    with sessions.begin() as session:
+        audit.append(session, kind, now=datetime.now(UTC), actor="service/serve", version=VERSION)
+
+
+def _reachable(host: str) -> str:
+    """Where to call a receiver that listens on every address."""
+    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+
+
+def _user() -> str:
+    return f"cli/{getpass.getuser()}"
+
+
+def main() -> None:
+    os.umask(0o077)
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", "160")  # tables in a pipe or a log keep their lines whole
+
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""Spool -> rows: which instances belong together, and when is a study complete?
+
+The only writer of study and instance rows. It reads files and the database; it knows nothing of associations
+beyond their heartbeats, and nothing of queues.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from threading import Event
+
+import structlog
+from pydicom import Dataset, dcmread
+from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.shared import audit, transitions
+from service.shared.audit import AuditKind
+from service.shared.db import Instance, Result, Study, StudyHeader, StudyState
+from service.shared.durable import digest
+from service.shared.log import explain_exception
+from service.shared.settings import Settings, for_route, routes
+from service.spool import Receipt, ReceiptError, Spool, key
+
+ACTOR = "service/ingest"
+BATCH = 100  # receipts per transaction
+
+HEADER = (
+    "SpecificCharacterSet",
+    "PatientID",
+    "IssuerOfPatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
+    "AccessionNumber",
+    "StudyDate",
+    "StudyDescription",
+    "Modality",
+    "Rows",
+    "ContributingEquipmentSequence",
+)
+
+log = structlog.get_logger(__name__)
+
+
+# --- decisions ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """What tells one patient from another in a header; empty where the header says nothing."""
+
+    patient_id: str
+    issuer: str
+    name: str
+    birth_date: str
+
+
+def are_different(one: Patient, other: Patient) -> bool:
+    """Whether two headers name two patients. Silence contradicts nothing; an equal Patient ID settles it.
+
+    An identifier means something within its issuer only (PS3.3 C.2.2.1.1), so different issuers make two.
+    """
+    if one.patient_id and other.patient_id:
+        if one.issuer and other.issuer and one.issuer != other.issuer:
+            return True
+        return one.patient_id != other.patient_id
+    return any(a and b and a != b for a, b in ((one.name, other.name), (one.birth_date, other.birth_date)))
+
+
+def why_complete(
+    *,
+    opened_at: datetime,
+    last_image_at: datetime,
+    association_open: bool,
+    now: datetime,
+    quiet_period_s: float,
+    max_open_s: float,
+) -> str | None:
+    """Why a receiving study counts as complete now, or None while it does not."""
+    if (now - opened_at).total_seconds() >= max_open_s:
+        return f"open for max_open_s = {max_open_s:g}"
+    if association_open:
+        return None
+    if (now - last_image_at).total_seconds() >= quiet_period_s:
+        return f"no image instance for quiet_period_s = {quiet_period_s:g}"
+    return None
+
+
+def routable_modalities(settings: Settings) -> frozenset[str]:
+    """Modalities that some route would read: only their images open or reopen a study."""
+    return frozenset(
+        modality for route in routes(settings) for modality in for_route(settings, route.name).series.modality
+    )
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+def ingest_for_ever(settings: Settings, sessions: sessionmaker[Session], spool: Spool, stop: Event) -> None:
+    """Turn receipts into rows and close quiet studies, until `stop`; survives a database that is away."""
+    with _only_one(spool.path):
+        rebuilt = False
+        while not stop.is_set():
+            try:
+                if not rebuilt:
+                    rebuild(settings, sessions, spool, datetime.now(UTC))
+                    rebuilt = True
+                ingest(settings, sessions, spool)
+                complete_quiet(settings, sessions, spool, datetime.now(UTC))
+            except DBAPIError as error:
+                log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
+            stop.wait(min(settings.assembly.sweep_s, 1.0))
+
+
+def ingest(settings: Settings, sessions: sessionmaker[Session], spool: Spool) -> int:
+    """Every waiting receipt -> rows, in batches; how many. A study is judged only after this found nothing left."""
+    done = 0
+    while waiting := spool.incoming():
+        for batch in _batches(waiting):
+            done += _ingest_batch(settings, sessions, spool, batch)
+    return done
+
+
+def _ingest_batch(settings: Settings, sessions: sessionmaker[Session], spool: Spool, paths: Iterable[Path]) -> int:
+    receipts = [(path, receipt) for path in paths if (receipt := _readable(sessions, spool, path)) is not None]
+    with sessions.begin() as session:
+        take(session, settings, spool, [receipt for _, receipt in receipts], datetime.now(UTC), held=False)
+    for (
+        path,
+        receipt,
+    ) in receipts:  # after the commit: a receipt that waits still is ingested again, harmlessly
+        spool.settle(path, receipt)
+    return len(receipts)
+
+
+def rebuild(settings: Settings, sessions: sessionmaker[Session], spool: Spool, now: datetime) -> int:
+    """Rows for settled receipts that have none (a lost or restored database); how many. Their studies are held:
+    whether they were analysed and delivered before is not known here, so nothing runs again without a command."""
+    with sessions() as session:
+        known = set(session.scalars(select(Instance.path)))
+    missing = [path for path in spool.settled() if f"studies/{path.parent.name}/{path.stem}.dcm" not in known]
+    for batch in _batches(missing):
+        receipts = [receipt for path in batch if (receipt := _readable(sessions, spool, path)) is not None]
+        with sessions.begin() as session:
+            take(session, settings, spool, receipts, now, held=True)
+    if missing:
+        log.warning("rows_rebuilt_from_spool", instances=len(missing), remedy="`requeue STUDY` releases a held study")
+    return len(missing)
+
+
+def complete_quiet(settings: Settings, sessions: sessionmaker[Session], spool: Spool, now: datetime) -> list[int]:
+    """Close every study that is quiet for long enough; their row ids."""
+    periods = {source.ae_title: source.quiet_period_s for source in settings.source if source.quiet_period_s}
+    with sessions() as session:
+        receiving = session.scalars(select(Study).where(Study.state == StudyState.RECEIVING)).all()
+    if not receiving:
+        return []
+    open_studies = spool.open_studies(now)
+    closed = []
+    for study in receiving:
+        if study.opened_at is None or study.last_image_at is None:
+            continue
+        why = why_complete(
+            opened_at=study.opened_at,
+            last_image_at=study.last_image_at,
+            association_open=key(study.study_uid) in open_studies,
+            now=now,
+            quiet_period_s=periods.get(study.calling_ae, settings.assembly.quiet_period_s),
+            max_open_s=settings.assembly.max_open_s,
+        )
+        if why is None:
+            continue
+        with sessions.begin() as session:
+            if transitions.complete_study(
+                session,
+                study.id,
+                revision=study.revision,
+                last_image_at=study.last_image_at,
+                now=now,
+                actor=ACTOR,
+                why=why,
+            ):
+                closed.append(study.id)
+                log.info("study_complete", study_id=study.id, revision=study.revision, why=why)
+    return closed
+
+
+# --- receipts -> rows -----------------------------------------------------------------------------------------------
+
+
+def take(
+    session: Session,
+    settings: Settings,
+    spool: Spool,
+    receipts: Sequence[Receipt],
+    now: datetime,
+    *,
+    held: bool,
+) -> None:
+    """Add what the receipts acknowledge to the caller's transaction; one event per study and association."""
+    modalities = routable_modalities(settings)
+    events: dict[tuple[int, str, AuditKind], list[Receipt]] = {}
+    for receipt in receipts:
+        study = _study(session, receipt, now, held=held)
+        kind = _take_one(session, study, receipt, spool, modalities, now)
+        events.setdefault((study.id, receipt.association_id, kind), []).append(receipt)
+    for (study_id, association_id, kind), group in events.items():
+        audit.append(
+            session,
+            kind,
+            now=now,
+            actor=ACTOR,
+            study_id=study_id,
+            association_id=association_id,
+            instances=len(group),
+            calling_ae=group[0].calling_ae,
+            called_ae=group[0].called_ae,
+            peer_address=group[0].peer_address,
+            instances_sha256=digest("\n".join(sorted(one.sha256 for one in group)).encode()),
+        )
+
+
+def _take_one(
+    session: Session,
+    study: Study,
+    receipt: Receipt,
+    spool: Spool,
+    modalities: frozenset[str],
+    now: datetime,
+) -> AuditKind:
+    """Add one instance unless its bytes are known; says what the arrival was."""
+    known = session.scalars(
+        select(Instance.sha256).where(
+            Instance.study_id == study.id, Instance.sop_instance_uid == receipt.sop_instance_uid
+        )
+    ).all()
+    if receipt.sha256 in known:
+        return AuditKind.INSTANCES_RECEIVED_AGAIN
+    header = _header(spool.path / receipt.path)
+    own = _is_own_result(session, receipt, header)
+    is_image = receipt.modality in modalities and "Rows" in header and not own
+    if is_image:
+        _open(session, study, header, receipt, now)
+    session.add(
+        Instance(
+            study_id=study.id,
+            series_uid=receipt.series_uid,
+            sop_instance_uid=receipt.sop_instance_uid,
+            sop_class_uid=receipt.sop_class_uid,
+            transfer_syntax_uid=receipt.transfer_syntax_uid,
+            modality=receipt.modality[:16],
+            sha256=receipt.sha256,
+            size_bytes=receipt.size_bytes,
+            path=receipt.path,
+            received_at=receipt.received_at,
+            revision=study.revision,
+            is_image=is_image,
+            is_conflicting=bool(known),
+            calling_ae=receipt.calling_ae,
+            called_ae=receipt.called_ae,
+            peer_address=receipt.peer_address,
+        )
+    )
+    session.flush()
+    if own:
+        return AuditKind.RESULT_RETURNED
+    if known:
+        log.warning("instance_conflict", study_id=study.id, sha256=receipt.sha256)
+        return AuditKind.INSTANCE_CONFLICT
+    return AuditKind.INSTANCES_RECEIVED
+
+
+def _study(session: Session, receipt: Receipt, now: datetime, *, held: bool) -> Study:
+    study = session.scalars(select(Study).where(Study.study_uid == receipt.study_uid)).one_or_none()
+    if study is None:
+        study = Study(
+            study_uid=receipt.study_uid,
+            state=StudyState.COMPLETE,
+            revision=0,
+            dispatched_revision=0,
+            first_received_at=receipt.received_at,
+            calling_ae=receipt.calling_ae,
+            held=False,
+            patient_mismatch=False,
+        )
+        session.add(study)
+        session.flush()
+    if held and not study.held:
+        study.held = True
+        audit.append(session, AuditKind.STUDY_HELD, now=now, actor=ACTOR, study_id=study.id, why="rebuilt from spool")
+    return study
+
+
+def _open(session: Session, study: Study, header: Dataset, receipt: Receipt, now: datetime) -> None:
+    """An image instance: compare its patient with the study's, open the study, move its clock."""
+    present = session.get(StudyHeader, study.id)
+    arrived = _study_header(study.id, header, salt=secrets.token_hex(16))
+    if present is None:
+        session.add(arrived)
+    elif are_different(_patient(present), _patient(arrived)) and not study.patient_mismatch:
+        study.patient_mismatch = True
+        audit.append(session, AuditKind.PATIENT_MISMATCH, now=now, actor=ACTOR, study_id=study.id)
+        log.error("patient_mismatch", study_id=study.id, remedy="correct the study at its source and send it again")
+    vouched = present or arrived
+    if transitions.open_study(session, study, now=now, actor=ACTOR, vouches_sha256=vouch_for_header(vouched)):
+        log.info("study_opened", study_id=study.id, revision=study.revision, calling_ae=receipt.calling_ae)
+    if study.last_image_at is None or receipt.received_at > study.last_image_at:
+        study.last_image_at = receipt.received_at
+        study.calling_ae = receipt.calling_ae
+
+
+def vouch_for_header(header: StudyHeader) -> str:
+    """The salted digest an audit event keeps of an erasable header; erase the salt and it says nothing."""
+    content = {
+        column.key: getattr(header, column.key) for column in header.__mapper__.column_attrs if column.key != "salt"
+    }
+    return digest(f"{header.salt}\n{json.dumps(content, sort_keys=True, ensure_ascii=True)}".encode())
+
+
+def _study_header(study_id: int, header: Dataset, *, salt: str) -> StudyHeader:
+    return StudyHeader(
+        study_id=study_id,
+        salt=salt,
+        patient_id=_text(header, "PatientID"),
+        issuer_of_patient_id=_text(header, "IssuerOfPatientID"),
+        patient_name=_text(header, "PatientName"),
+        patient_birth_date=_text(header, "PatientBirthDate"),
+        patient_sex=_text(header, "PatientSex"),
+        accession_number=_text(header, "AccessionNumber"),
+        study_date=_text(header, "StudyDate"),
+        study_description=_text(header, "StudyDescription"),
+    )
+
+
+def _patient(header: StudyHeader) -> Patient:
+    return Patient(
+        header.patient_id, header.issuer_of_patient_id, header.patient_name.upper(), header.patient_birth_date
+    )
+
+
+def _is_own_result(session: Session, receipt: Receipt, header: Dataset) -> bool:
+    """One of our results came back: by its UID, or by the device that says it contributed."""
+    devices = [str(item.get("DeviceUID", "")) for item in header.get("ContributingEquipmentSequence") or ()]
+    known = select(Result.id).where(
+        (Result.sop_instance_uid == receipt.sop_instance_uid) | Result.device_uid.in_([one for one in devices if one])
+    )
+    return session.scalar(known.limit(1)) is not None
+
+
+def _header(path: Path) -> Dataset:
+    """The attributes ingest looks at; empty when unreadable, for the instance was acknowledged all the same."""
+    try:
+        return dcmread(path, specific_tags=list(HEADER), stop_before_pixels=True, force=True)
+    except Exception as error:  # noqa: BLE001  # pydicom raises whatever a broken header makes it raise
+        log.warning("header_unreadable", file=path.name, error=explain_exception(error))
+        return Dataset()
+
+
+def _text(header: Dataset, keyword: str) -> str:
+    try:
+        value = header.get(keyword)
+    except Exception as error:  # noqa: BLE001  # a value that breaks its VR; the text would quote it
+        log.warning("attribute_unreadable", keyword=keyword, error=type(error).__name__)
+        return ""
+    return "" if value is None else str(value).strip().replace("\0", "")
+
+
+def _readable(sessions: sessionmaker[Session], spool: Spool, path: Path) -> Receipt | None:
+    """The receipt, or None when it cannot be used: then it is set aside, logged and audited."""
+    try:
+        receipt = spool.read(path)
+        if not (spool.path / receipt.path).is_file():
+            raise ReceiptError(f"{path.name}: the instance it names is not in the spool")
+    except ReceiptError as error:
+        aside = spool.set_aside(path)
+        log.error("receipt_unusable", file=str(aside), reason=str(error))
+        with sessions.begin() as session:
+            audit.append(session, AuditKind.RECEIPT_UNUSABLE, now=datetime.now(UTC), actor=ACTOR, file=aside.name)
+        return None
+    return receipt
+
+
+@contextmanager
+def _only_one(spool: Path) -> Iterator[None]:
+    """Wait until no other ingest works on this spool: two would judge studies on half of what arrived."""
+    descriptor = os.open(spool / "ingest.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _batches(paths: Iterable[Path]) -> Iterator[list[Path]]:
+    remaining = iter(paths)
+    while batch := list(islice(remaining, BATCH)):
+        yield batch

@@ -1,0 +1,55 @@
+"""What a person may tell the service to do with one study. Each command is a transition with its user on record."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.dispatch import new_analysis
+from service.shared import audit, transitions
+from service.shared.audit import AuditKind
+from service.shared.db import Analysis, AnalysisState, Delivery, DeliveryState, Result, Study, StudyState
+from service.shared.settings import Settings, routes
+
+
+def requeue(
+    session: Session, study: Study, settings: Settings, *, again: bool, now: datetime, actor: str
+) -> list[str]:
+    """Release a held study, resume failed analyses and rejected deliveries, or (`again`) queue a new run of every
+    route that ran; says what was done. The sweep of dispatch sends the messages."""
+    done = []
+    if study.held:
+        study.held = False
+        audit.append(session, AuditKind.STUDY_RELEASED, now=now, actor=actor, study_id=study.id)
+        done.append("study released")
+    analyses = session.scalars(select(Analysis).where(Analysis.study_id == study.id).order_by(Analysis.id)).all()
+    for analysis in analyses:
+        if transitions.requeue_failed(session, analysis.id, now=now, actor=actor):
+            done.append(f"analysis {analysis.id} queued again")
+    rejected = session.scalars(
+        select(Delivery.id)
+        .join(Result, Result.id == Delivery.result_id)
+        .join(Analysis, Analysis.id == Result.analysis_id)
+        .where(Analysis.study_id == study.id, Delivery.state == DeliveryState.REJECTED)
+    ).all()
+    for delivery_id in rejected:
+        if transitions.requeue_delivery(session, delivery_id, now=now, actor=actor):
+            done.append(f"delivery {delivery_id} pending again")
+    if again and study.state is StudyState.COMPLETE and not study.patient_mismatch:
+        ran = {one.route for one in analyses if one.revision == study.revision}
+        for route in routes(settings):
+            if route.name in ran:
+                analysis = new_analysis(session, study, route, settings)
+                transitions.queue_analysis(session, analysis, now=now, actor=actor)
+                done.append(f"route {route.name} queued as run {analysis.run_number}")
+    return done
+
+
+def cancel(session: Session, study: Study, *, now: datetime, actor: str) -> int:
+    """Cancel the study's queued analyses; how many."""
+    queued = session.scalars(
+        select(Analysis.id).where(Analysis.study_id == study.id, Analysis.state == AnalysisState.QUEUED)
+    ).all()
+    return sum(transitions.cancel_queued(session, one, now=now, actor=actor) for one in queued)

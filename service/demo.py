@@ -1,0 +1,241 @@
+"""`./run demo`: the whole way on this machine, with a stand-in PACS, an example study and the report at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from pydicom import dcmread
+from pynetdicom import AE, AllStoragePresentationContexts, evt
+from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import from a table
+from rich.console import Console
+from rich.panel import Panel
+from sqlalchemy.exc import DBAPIError
+
+from service import history
+from service.report.readable import readable
+from service.sender import CannotSend, dicom_files, send_study
+from service.shared.db import open_engine, open_sessions
+from service.shared.durable import write_durably
+from service.shared.settings import Settings, database_url, load
+
+PROJECT = Path(__file__).resolve().parent.parent
+EXAMPLE = PROJECT / "tests" / "data" / "real-ct" / "body-siemens"
+FOLDER = PROJECT / "var" / "demo"
+MARK = "made-by-medpruner-demo"  # only a folder with this file in it is cleared
+LIMIT_S = 600.0
+FINAL = ("done", "refused", "failed", "cancelled", "superseded")
+
+CONFIGURATION = """\
+# Written by `./run demo`, anew each time.
+[data]
+path = "{folder}/data"
+[scp]
+port = {port}
+accept_unknown_sources = true
+[spool]
+min_free_gb = 0.5
+[assembly]
+quiet_period_s = 2
+sweep_s = 0.5
+[model]
+max_new_tokens = 128
+[[destination]]
+name = "stand-in-pacs"
+ae_title = "STANDINPACS"
+host = "127.0.0.1"
+port = {pacs_port}
+"""
+
+
+class DemoFailed(Exception):
+    """The way broke off; the message says where."""
+
+
+@dataclass(frozen=True, slots=True)
+class StandInPacs:
+    """What came back, in order of arrival."""
+
+    port: int
+    folder: Path
+
+    def received(self) -> list[Path]:
+        return sorted(self.folder.glob("*.dcm"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def run_demo(study: Path | None, *, stay: bool, console: Console, stop: Event) -> int:
+    """Run it and return the exit status: 0 only when a report came back to the stand-in PACS."""
+    folder = study or EXAMPLE
+    _fresh_folder()
+    with _stand_in_pacs(FOLDER / "pacs") as pacs:
+        port = _free_port()
+        config = FOLDER / "config.toml"
+        config.write_text(CONFIGURATION.format(folder=FOLDER, port=port, pacs_port=pacs.port), encoding="utf-8")
+        settings = load(config, {})
+        with _service(config, console) as service:
+            try:
+                _send(folder, settings, service, console)
+                story = _follow(settings, service, pacs, console, stop)
+                well = _tell(story, pacs, config, console)
+            except (DemoFailed, CannotSend) as error:
+                console.print(f"[red]{error}[/]", highlight=False)
+                console.print(f"The log of the service: {FOLDER / 'service.log'}", markup=False, highlight=False)
+                return 1
+            if stay:
+                console.print(f"Up until Ctrl-C: send studies to {settings.scp.ae_title} at 127.0.0.1:{port}.")
+                stop.wait()
+    return 0 if well else 1
+
+
+def _fresh_folder() -> None:
+    if FOLDER.exists():
+        if not (FOLDER / MARK).exists():
+            raise SystemExit(f"{FOLDER} is not the demo's own; move it away")
+        shutil.rmtree(FOLDER)
+    FOLDER.mkdir(parents=True, mode=0o700)
+    (FOLDER / MARK).touch()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _stand_in_pacs(folder: Path) -> Iterator[StandInPacs]:
+    """A real C-STORE SCP on loopback that keeps what it gets."""
+    folder.mkdir(mode=0o700)
+
+    def keep(event: evt.Event) -> int:
+        uid = event.request.AffectedSOPInstanceUID
+        write_durably(folder / f"{uid}.dcm", event.encoded_dataset())
+        return 0x0000
+
+    application = AE(ae_title="STANDINPACS")
+    for context in AllStoragePresentationContexts:
+        application.add_supported_context(context.abstract_syntax or "")
+    application.add_supported_context(Verification)
+    server = application.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, keep)])
+    if server is None:
+        raise DemoFailed("the stand-in PACS could not start")
+    try:
+        yield StandInPacs(int(server.server_address[1]), folder)
+    finally:
+        server.shutdown()
+
+
+@contextmanager
+def _service(config: Path, console: Console) -> Iterator[subprocess.Popen[bytes]]:
+    """The real service as a user starts it, its log in a file."""
+    console.print("[bold]1.[/] starting receiver, embedded queue, SQLite, dispatcher, deliverer and one worker")
+    log = FOLDER / "service.log"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MEDPRUNER__")}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", "serve", "--config", str(config)],
+            cwd=PROJECT,
+            stdout=stream,
+            stderr=stream,
+            env=environment,
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _send(folder: Path, settings: Settings, service: subprocess.Popen[bytes], console: Console) -> None:
+    if not dicom_files(folder):
+        raise CannotSend(f"{folder}: no DICOM files (Part 10, with the DICM prefix) in it")
+    deadline = time.monotonic() + 60
+    while not _listens(settings.scp.port):
+        if service.poll() is not None or time.monotonic() > deadline:
+            raise DemoFailed("the receiver did not come up")
+        time.sleep(0.1)
+    console.print(f"[bold]2.[/] sending {folder} to {settings.scp.ae_title} by C-STORE", highlight=False)
+    sent = send_study(
+        folder,
+        host="127.0.0.1",
+        port=settings.scp.port,
+        called_ae=settings.scp.ae_title,
+        calling_ae="DEMOSENDER",
+    )
+    stored = sum(one.stored for one in sent)
+    console.print(f"   {stored} of {len(sent)} instances acknowledged: each is durable on disk by now", highlight=False)
+    if not stored:
+        raise DemoFailed("the receiver stored nothing")
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _follow(
+    settings: Settings, service: subprocess.Popen[bytes], pacs: StandInPacs, console: Console, stop: Event
+) -> dict[str, Any]:
+    """Print every event as it is audited, until the analysis has its end and its results are delivered."""
+    sessions = open_sessions(open_engine(database_url(settings)))
+    console.print("[bold]3.[/] what the audit records meanwhile:")
+    told, deadline = 0, time.monotonic() + LIMIT_S
+    while not stop.is_set() and time.monotonic() < deadline:
+        if service.poll() is not None:
+            raise DemoFailed("the service ended")
+        try:
+            with sessions() as session:
+                rows = history.recent(session, limit=1)
+                story = history.study_story(session, history.study_named(session, rows[0]["study_uid"])) if rows else {}
+        except DBAPIError:  # not created yet
+            story = {}
+        events = story.get("events", [])
+        for event in events[told:]:
+            detail = ", ".join(f"{key} {value}" for key, value in event["detail"].items() if "sha256" not in key)
+            console.print(f"   {event['at']:%H:%M:%S} {event['kind']:<20} {detail}", markup=False, highlight=False)
+        told = len(events)
+        if _is_over(story):
+            return story
+        time.sleep(0.2)
+    raise DemoFailed("interrupted" if stop.is_set() else f"no report within {LIMIT_S:g} s")
+
+
+def _is_over(story: dict[str, Any]) -> bool:
+    analyses = story.get("analyses", [])
+    if not analyses or any(one["state"] not in FINAL for one in analyses):
+        return False
+    deliveries = [one for analysis in analyses for result in analysis["results"] for one in result["deliveries"]]
+    return all(one["state"] != "pending" for one in deliveries)
+
+
+def _tell(story: dict[str, Any], pacs: StandInPacs, config: Path, console: Console) -> bool:
+    """The report as the PACS got it, and where to look further; whether there is one."""
+    received = pacs.received()
+    for analysis in story["analyses"]:
+        if analysis["state"] == "refused":
+            console.print(f"[magenta]Not analysed:[/] {analysis['reason']}", highlight=False)
+    for path in received:
+        dataset = dcmread(path)
+        if dataset.Modality == "SR":
+            console.print(Panel(readable(dataset), title="the Structured Report, as the PACS received it"))
+            console.print(f"It lies in {path}", markup=False, highlight=False, soft_wrap=True)
+    study = story["study"]["id"]
+    relative = os.path.relpath(config)
+    console.print(
+        f"Look further:  ./run show {study} --config {relative}\n"
+        f"               ./run history --config {relative}\n"
+        "Research software, not a medical device; not for diagnosis.",
+        markup=False,
+        highlight=False,
+    )
+    return bool(received)
