@@ -1,0 +1,407 @@
+"""The way of one study through any host: images -> slice stage -> tower -> token stage -> language model -> text.
+
+A host says how its processor, tower, prompt and generate() are fed; everything else is here, once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from service.shared.messages import TOKEN_CODES, Flag, ModelIdentity, TokenState
+from service.shared.settings import PruningMethod, PruningSettings
+from workers.errors import Refusal, RefusalCode
+from workers.pruning.attention import received_attention
+from workers.pruning.finite import NotFinite, require_finite
+from workers.pruning.groups import group_mean
+from workers.pruning.slices import SliceChoice, keep_all, keep_changed
+from workers.pruning.tokens import Reduced, contextual_count, keep_every_token, reduce_tokens
+from workers.vlm import Generation, TokenCounts
+from workers.vlm.folder import Opened
+from workers.vlm.memory import peak_bytes, start_peak
+from workers.vlm.prompt import DroppedSlices
+from workers.vlm.tap import watching
+
+PATCHES_AT_ONCE = 32768  # through the tower: 8 slices of 4096 patches, about 1 GiB of activations in bfloat16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """The inputs as the processor gives them.
+
+    pixels: (I, ...) float32 on the CPU, one row per input, in the tower's order.
+    patch_rows, patch_columns: of one input, before the projector pools them.
+    """
+
+    pixels: Tensor
+    patch_rows: int
+    patch_columns: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """K inputs after the tower and the projector.
+
+    features: (K, n, c); deepstack: further features per token, each (K, n, c).
+    received: (K, n) and keys: (K, n, d), float32, of the last vision layer; None when nobody watched.
+    """
+
+    features: Tensor
+    deepstack: tuple[Tensor, ...]
+    received: Tensor | None
+    keys: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """The whole prompt before tokens are taken out.
+
+    input_ids: (L,) int64, one placeholder for each token of each encoded input, in order.
+    positions: (3, L) int64 where the host's positions are not simply 0 .. L-1.
+    """
+
+    input_ids: Tensor
+    positions: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrunedPrompt:
+    """What the language model gets: shortened ids and positions, the features of the surviving placeholders."""
+
+    input_ids: Tensor  # (L',)
+    positions: Tensor | None  # (3, L')
+    features: Tensor  # (kept, c)
+    deepstack: tuple[Tensor, ...]  # each (kept, c)
+
+
+class Host(ABC):
+    """A loaded model and how it is fed. Between two calls it holds nothing of a study."""
+
+    architecture_class: ClassVar[type]  # the stock class of transformers
+
+    def __init__(self, opened: Opened, model: Any) -> None:
+        self.opened = opened
+        self.model = model
+
+    @classmethod
+    @abstractmethod
+    def load(cls, opened: Opened) -> Host:
+        """Load weights, tokenizer and processor of `opened.folder`."""
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return self.opened.identity
+
+    @property
+    def flags(self) -> tuple[Flag, ...]:
+        return self.opened.flags
+
+    @property
+    @abstractmethod
+    def placeholder(self) -> int:
+        """The id that stands for one visual token in the prompt."""
+
+    @property
+    @abstractmethod
+    def watched_layer(self) -> nn.Module:
+        """The attention module of the last vision layer."""
+
+    @abstractmethod
+    def prepare(self, images: NDArray[np.uint8]) -> Prepared:
+        """Run the processor on (I, H, W, 3) images."""
+
+    @abstractmethod
+    def groups(self, prepared: Prepared) -> Tensor:
+        """Return the patches that the projector pools into each token, (n, patches per token)."""
+
+    @abstractmethod
+    def token_grid(self, prepared: Prepared) -> tuple[int, int]:
+        """Return rows and columns of tokens of one input."""
+
+    @abstractmethod
+    def features(self, pixels: Tensor, prepared: Prepared) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run tower and projector on some inputs: (k, n, c) and the deepstack features, each (k, n, c)."""
+
+    @abstractmethod
+    def ask(self, question: str, prepared: Prepared, choice: SliceChoice, dropped: DroppedSlices) -> Prompt:
+        """Build the prompt in the model's own form, with placeholders for the kept inputs only."""
+
+    @abstractmethod
+    def arguments(self, prompts: Sequence[PrunedPrompt]) -> dict[str, Any]:
+        """Return what forward() and generate() take for some studies, padded on the left."""
+
+    @abstractmethod
+    def text_of(self, tokens: Tensor) -> str:
+        """Decode generated tokens, without special ones."""
+
+    @torch.inference_mode()
+    def read(
+        self,
+        images: NDArray[np.uint8],
+        prompt: str,
+        pruning: PruningSettings,
+        *,
+        max_new_tokens: int,
+        dropped: DroppedSlices = DroppedSlices.OMIT,
+    ) -> Generation:
+        """See VisionLanguageModel.read."""
+        start_peak(self.opened.device)
+        timings: dict[str, float] = {}
+        with self._timed(timings, "processor"):
+            prepared = self.prepare(images)
+        with self._timed(timings, "slice_stage"):
+            choice = choose_slices(prepared.pixels, pruning)
+            asked = self.ask(prompt, prepared, choice, dropped)
+        self._require_room(asked, prepared, choice, pruning, max_new_tokens)
+        with self._timed(timings, "vision"):
+            encoded = self.encode(prepared, choice.kept, self.groups(prepared), scored=is_scored(pruning))
+        with self._timed(timings, "token_stage"):
+            reduced = choose_tokens(encoded, pruning)
+            pruned = prune(asked, self.placeholder, reduced, encoded.deepstack)
+        self._require_context(len(pruned.input_ids), max_new_tokens)
+        tokens, witness = self.decode([pruned], max_new_tokens)
+        timings |= {"prefill": witness.prefill_s, "decode": witness.decode_s}
+        return self._generation(prepared, choice, reduced, asked, tokens[0], timings)
+
+    def encode(self, prepared: Prepared, kept: Tensor, groups: Tensor, *, scored: bool) -> Encoded:
+        """Run the tower over the kept inputs, a few at a time, and score their patches where asked to.
+
+        kept: (I,) bool; groups: (n, patches per token). NotFinite when a feature is.
+        """
+        some = max(1, PATCHES_AT_ONCE // (prepared.patch_rows * prepared.patch_columns))
+        parts: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+        received: list[Tensor] = []
+        mean_keys: list[Tensor] = []
+
+        def score(queries: Tensor, keys: Tensor, scale: float) -> None:
+            received.append(group_mean(received_attention(queries, keys, scale=scale), groups))
+            mean_keys.append(group_mean(keys.float().mean(dim=1), groups))
+
+        for pixels in prepared.pixels[kept].split(some):  # type: ignore[no-untyped-call]
+            moved = pixels.to(self.opened.device, self.opened.dtype)
+            if scored:
+                with watching(self.watched_layer, score):
+                    parts.append(self.features(moved, prepared))
+            else:
+                parts.append(self.features(moved, prepared))
+        features = torch.cat([part[0] for part in parts])
+        require_finite(features, "visual features")
+        return Encoded(
+            features=features,
+            deepstack=tuple(torch.cat(layer) for layer in zip(*(part[1] for part in parts), strict=True)),
+            received=torch.cat(received) if scored else None,
+            keys=torch.cat(mean_keys) if scored else None,
+        )
+
+    def decode(self, prompts: Sequence[PrunedPrompt], max_new_tokens: int) -> tuple[list[Tensor], Witness]:
+        """Generate greedily for some studies together; each study's tokens up to its own end, end included."""
+        ends = self._ends()
+        witness = Witness(self._now)
+        arguments = self.arguments(prompts)
+        output = self.model.generate(
+            **arguments,
+            generation_config=greedy(max_new_tokens, ends, self._pad()),
+            logits_processor=LogitsProcessorList([witness]),
+        )
+        witness.finish()
+        generated = output[:, arguments["input_ids"].shape[1] :].cpu()
+        return [_up_to_end(row, ends) for row in generated], witness
+
+    def _ends(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.model.config.get_text_config().eos_token_id
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+    def _pad(self) -> int:
+        pad = self.model.generation_config.pad_token_id
+        return int(pad) if pad is not None else next(iter(self._ends()), 0)
+
+    def _require_room(
+        self, asked: Prompt, prepared: Prepared, choice: SliceChoice, pruning: PruningSettings, max_new_tokens: int
+    ) -> None:
+        """Refuse before the tower runs what cannot fit, however many tokens the token stage drops."""
+        inputs = int(choice.kept.sum())
+        tokens = self.groups(prepared).shape[0]
+        fewest = tokens
+        if is_scored(pruning):
+            fewest = min(tokens, 1 + contextual_count(tokens, pruning.contextual_fraction))
+        self._require_context(len(asked.input_ids) - inputs * (tokens - fewest), max_new_tokens)
+
+    def _require_context(self, length: int, max_new_tokens: int) -> None:
+        context = self.model.config.get_text_config().max_position_embeddings
+        if length + max_new_tokens > context:
+            raise Refusal(
+                RefusalCode.CONTEXT_TOO_LONG,
+                f"the prompt with its visual tokens is {length} tokens long; with the {max_new_tokens} of the report "
+                f"it does not fit the {context} that the model takes: lower [series] max_slices or [pruning] tau",
+            )
+
+    def _generation(
+        self,
+        prepared: Prepared,
+        choice: SliceChoice,
+        reduced: Reduced,
+        asked: Prompt,
+        tokens: Tensor,
+        timings: dict[str, float],
+    ) -> Generation:
+        kept = choice.kept.numpy()
+        inputs, per_input = len(kept), reduced.kept.shape[1]
+        codes = np.full((inputs, per_input), TOKEN_CODES[TokenState.NOT_ENCODED], dtype=np.uint8)
+        merged_into = np.full((inputs, per_input), -1, dtype=np.int32)
+        scores = np.full((inputs, per_input), np.nan, dtype=np.float32)
+        merged_into[kept] = reduced.merged_into.cpu().numpy()
+        scores[kept] = reduced.scores.cpu().numpy()
+        codes[kept] = np.where(
+            reduced.kept.cpu().numpy(),
+            TOKEN_CODES[TokenState.KEPT],
+            np.where(merged_into[kept] >= 0, TOKEN_CODES[TokenState.MERGED], TOKEN_CODES[TokenState.DROPPED]),
+        )
+        rows, columns = self.token_grid(prepared)
+        ends = self._ends()
+        return Generation(
+            text=self.text_of(tokens),
+            truncated=len(tokens) == 0 or int(tokens[-1]) not in ends,
+            inputs_kept=kept,
+            represented_by=choice.anchor.numpy().astype(np.int32),
+            tokens=codes,
+            merged_into=merged_into,
+            scores=scores,
+            token_rows=rows,
+            token_columns=columns,
+            counts=TokenCounts(
+                tokens_in=inputs * per_input,
+                tokens_kept=int((codes == TOKEN_CODES[TokenState.KEPT]).sum()),
+                tokens_merged=int((codes == TOKEN_CODES[TokenState.MERGED]).sum()),
+                tokens_text=len(asked.input_ids) - int(kept.sum()) * per_input,
+                tokens_generated=len(tokens),
+            ),
+            timings_s=timings,
+            memory_peak_bytes=peak_bytes(self.opened.device),
+        )
+
+    def _now(self) -> float:
+        if self.opened.device.type == "cuda":
+            torch.cuda.synchronize(self.opened.device)
+        return perf_counter()
+
+    @contextmanager
+    def _timed(self, timings: dict[str, float], step: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        timings[step] = self._now() - start
+
+
+class Witness(LogitsProcessor):
+    """Sees the logits of each step as they are: when the first came, and whether all were numbers.
+
+    NaN logits would make greedy decoding say the token with id 0, silently.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._start = now()
+        self._first: float | None = None
+        self._nan: Tensor | None = None
+        self._end = self._start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._first is None:
+            self._first = self._now()
+        nan = torch.isnan(scores).any()
+        self._nan = nan if self._nan is None else self._nan | nan
+        return scores
+
+    def finish(self) -> None:
+        """Stop the clock; NotFinite when any step had a NaN."""
+        self._end = self._now()
+        if self._nan is not None and bool(self._nan):
+            raise NotFinite("logits of the language model are NaN; try [model] dtype float32 or bfloat16")
+
+    @property
+    def prefill_s(self) -> float:
+        return (self._first or self._end) - self._start
+
+    @property
+    def decode_s(self) -> float:
+        return self._end - (self._first or self._end)
+
+
+def greedy(max_new_tokens: int, ends: Sequence[int], pad: int) -> GenerationConfig:
+    """Greedy decoding; sampling settings of the model's folder do not apply, for a result must be repeatable."""
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        eos_token_id=list(ends) or None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+
+
+def is_scored(pruning: PruningSettings) -> bool:
+    """Does the token stage run, so that attention must be watched?"""
+    return pruning.method is not PruningMethod.OFF and pruning.token_stage
+
+
+def choose_slices(pixels: Tensor, pruning: PruningSettings) -> SliceChoice:
+    """The slice stage as the settings ask for it."""
+    if pruning.method is PruningMethod.OFF or not pruning.slice_stage:
+        require_finite(pixels, "slices")
+        return keep_all(len(pixels))
+    return keep_changed(pixels, gamma=pruning.gamma)
+
+
+def choose_tokens(encoded: Encoded, pruning: PruningSettings) -> Reduced:
+    """The token stage as the settings ask for it."""
+    if encoded.received is None or encoded.keys is None:
+        return keep_every_token(encoded.features)
+    return reduce_tokens(
+        encoded.received,
+        encoded.keys,
+        encoded.features,
+        tau=pruning.tau,
+        temperature=pruning.temperature,
+        contextual_fraction=pruning.contextual_fraction,
+    )
+
+
+def prune(prompt: Prompt, placeholder: int, reduced: Reduced, deepstack: Sequence[Tensor]) -> PrunedPrompt:
+    """Take the tokens that were not kept out of the prompt; deepstack rows are selected, not merged."""
+    visual = prompt.input_ids == placeholder
+    kept = reduced.kept.flatten()
+    survives = torch.ones_like(visual)
+    survives[visual] = kept.to(visual.device)
+    return PrunedPrompt(
+        input_ids=prompt.input_ids[survives],
+        positions=None if prompt.positions is None else prompt.positions[:, survives],
+        features=reduced.features.flatten(0, 1)[kept],
+        deepstack=tuple(layer.flatten(0, 1)[kept] for layer in deepstack),
+    )
+
+
+def padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    """Stack (..., L_i) tensors along a new first dimension, filled up on the left with `value`."""
+    length = max(row.shape[-1] for row in rows)
+    return torch.stack([nn.functional.pad(row, (length - row.shape[-1], 0), value=value) for row in rows])
+
+
+def _up_to_end(tokens: Tensor, ends: Sequence[int]) -> Tensor:
+    """Cut what a batch padded behind the end of a shorter text."""
+    is_end = torch.isin(tokens, torch.tensor(list(ends), dtype=tokens.dtype))
+    places = is_end.nonzero()
+    return tokens[: int(places[0]) + 1] if len(places) else tokens
