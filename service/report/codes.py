@@ -1,0 +1,126 @@
+"""Every coded concept of our results: standard ones by their published codes, ours under 99MEDPRUNER.
+
+The conformance statement lists this file. A private code never changes its meaning; a retired one is never reused.
+"""
+
+from __future__ import annotations
+
+from pydicom.sr.coding import Code
+
+from service.shared.messages import Flag
+
+SCHEME = "99MEDPRUNER"
+SCHEME_NAME = "medpruner-pacs private codes"
+
+
+def _private(value: str, meaning: str) -> Code:
+    return Code(value, SCHEME, meaning)
+
+
+# Titles and containers
+IMAGING_MEASUREMENT_REPORT = Code("126000", "DCM", "Imaging Measurement Report")
+IMAGE_LIBRARY = Code("111028", "DCM", "Image Library")
+IMAGE_LIBRARY_GROUP = Code("126200", "DCM", "Image Library Group")
+IMAGING_MEASUREMENTS = Code("126010", "DCM", "Imaging Measurements")
+MEASUREMENT_GROUP = Code("125007", "DCM", "Measurement Group")
+QUALITATIVE_EVALUATIONS = Code("C0034375", "UMLS", "Qualitative Evaluations")
+
+# Context
+LANGUAGE = Code("121049", "DCM", "Language of Content Item and Descendants")
+ENGLISH = Code("en", "RFC5646", "English")
+OBSERVER_TYPE = Code("121005", "DCM", "Observer Type")
+DEVICE = Code("121007", "DCM", "Device")
+DEVICE_OBSERVER_UID = Code("121012", "DCM", "Device Observer UID")
+PROCEDURE_REPORTED = Code("121058", "DCM", "Procedure Reported")
+MODALITY = Code("121139", "DCM", "Modality")
+FRAME_OF_REFERENCE_UID = Code("112227", "DCM", "Frame of Reference UID")
+SOURCE = Code("260753009", "SCT", "Source")
+SOURCE_OF_MEASUREMENT = Code("121112", "DCM", "Source of Measurement")
+TRACKING_IDENTIFIER = Code("112039", "DCM", "Tracking Identifier")
+TRACKING_UNIQUE_IDENTIFIER = Code("112040", "DCM", "Tracking Unique Identifier")
+ALGORITHM_NAME = Code("111001", "DCM", "Algorithm Name")
+ALGORITHM_VERSION = Code("111003", "DCM", "Algorithm Version")
+ALGORITHM_PARAMETERS = Code("111002", "DCM", "Algorithm Parameters")
+ARTIFICIAL_INTELLIGENCE = Code("123110", "DCM", "Artificial Intelligence")
+ACQUISITION_EQUIPMENT = Code("109101", "DCM", "Acquisition Equipment")
+PROCESSING_EQUIPMENT = Code("109102", "DCM", "Processing Equipment")
+
+# Text
+FINDING = Code("121071", "DCM", "Finding")
+IMPRESSION = Code("121073", "DCM", "Impression")
+COMMENT = Code("121106", "DCM", "Comment")
+
+YES = Code("373066001", "SCT", "Yes")
+NO = Code("373067005", "SCT", "No")
+
+# CID 100; its most general member for a modality without one of its own
+PROCEDURES: dict[str, Code] = {
+    "CT": Code("25045-6", "LN", "CT unspecified body region"),
+    "MR": Code("25056-3", "LN", "MRI unspecified body region"),
+    "PT": Code("44136-0", "LN", "PET unspecified body region"),
+    "NM": Code("49118-3", "LN", "NM unspecified body region"),
+}
+IMAGING_PROCEDURE = Code("363679005", "SCT", "Imaging procedure")
+
+# CID 29, as Modality inside the image library
+MODALITIES: dict[str, Code] = {
+    "CT": Code("CT", "DCM", "Computed Tomography"),
+    "MR": Code("MR", "DCM", "Magnetic Resonance"),
+    "PT": Code("PT", "DCM", "Positron emission tomography"),
+    "NM": Code("NM", "DCM", "Nuclear Medicine"),
+}
+
+# The funnel from the series to the language model: concept and unit of each of Counts
+NO_UNITS = Code("1", "UCUM", "no units")
+_SLICES = Code("{slices}", "UCUM", "slices")
+_IMAGES = Code("{images}", "UCUM", "images")
+_TOKENS = Code("{tokens}", "UCUM", "tokens")
+COUNTS: dict[str, tuple[Code, Code]] = {
+    "slices_in_series": (_private("MP-001", "Slices in series"), _SLICES),
+    "slices_readable": (_private("MP-002", "Slices readable"), _SLICES),
+    "slices_sampled": (_private("MP-003", "Slices in some model input"), _SLICES),
+    "inputs": (_private("MP-004", "Model inputs before pruning"), _IMAGES),
+    "inputs_kept": (_private("MP-005", "Model inputs encoded"), _IMAGES),
+    "tokens_in": (_private("MP-006", "Visual tokens before pruning"), _TOKENS),
+    "tokens_kept": (_private("MP-007", "Visual tokens kept"), _TOKENS),
+    "tokens_merged": (_private("MP-008", "Visual tokens merged"), _TOKENS),
+    "tokens_text": (_private("MP-009", "Text tokens of the prompt"), _TOKENS),
+    "tokens_generated": (_private("MP-011", "Tokens generated"), _TOKENS),
+}
+MODEL_INPUT_SELECTION = _private("MP-010", "Model input selection")
+TOKEN_FRACTION = _private("MP-012", "Fraction of visual tokens kept")
+SLICES_SHOWN = (_private("MP-013", "Slices shown to the model"), _SLICES)
+
+PRUNING_METHOD = _private("MP-020", "Pruning method")
+PRUNING_METHODS: dict[str, Code] = {
+    "medpruner": _private("MP-021", "MedPruner"),
+    "guarded": _private("MP-022", "MedPruner with guards"),
+    "off": _private("MP-023", "No pruning"),
+}
+OTHER_PRUNING_METHOD = _private("MP-029", "Method named in Algorithm Parameters")
+# Settings of both stages that are numbers without a unit, and those that are switches
+PRUNING_NUMBERS: dict[str, Code] = {
+    "gamma": _private("MP-030", "Slice stage threshold gamma"),
+    "tau": _private("MP-031", "Token stage attention mass tau"),
+    "temperature": _private("MP-032", "Token stage temperature"),
+    "contextual_fraction": _private("MP-033", "Token stage contextual fraction"),
+}
+PRUNING_SWITCHES: dict[str, Code] = {
+    "slice_stage": _private("MP-034", "Slice stage applied"),
+    "token_stage": _private("MP-035", "Token stage applied"),
+}
+
+CAUTION = _private("MP-100", "Caution")
+CAUTIONS: dict[Flag, Code] = {
+    Flag.TRUNCATED: _private("MP-101", "Text truncated"),
+    Flag.UNPARSED: _private("MP-102", "Text not parsed into sections"),
+    Flag.RANDOM_WEIGHTS: _private("MP-103", "Model with random weights"),
+    Flag.DEMONSTRATION_WEIGHTS: _private("MP-104", "Demonstration model"),
+    Flag.MISSING_SLICES: _private("MP-105", "Slices missing from the series"),
+    Flag.UNREADABLE_SLICES: _private("MP-106", "Slices unreadable"),
+    Flag.DUPLICATE_POSITIONS: _private("MP-107", "Several slices at one position"),
+    Flag.GANTRY_TILT: _private("MP-108", "Gantry tilt not corrected"),
+    Flag.REPETITION: _private("MP-109", "Repetitive text cut"),
+    Flag.REFUSED: _private("MP-110", "Model declined to report"),
+}
+INSTANCES_NOT_LISTED = _private("MP-120", "Instances without readable header")

@@ -1,0 +1,104 @@
+"""What a report says in words: notices before the impression, comments on what was read, the model's text.
+
+Plain English for people, no markup. Knows nothing of DICOM encodings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from service.shared.messages import AnalysisOutput, Flag, SourceState
+
+NOT_FOR_DIAGNOSIS = "UNVERIFIED machine output, not for diagnosis."
+NO_FINDINGS_TEXT = "The model produced no text under this heading."
+
+# In the order in which they are said
+NOTICES: dict[Flag, str] = {
+    Flag.RANDOM_WEIGHTS: "RANDOM WEIGHTS: the text is noise.",
+    Flag.DEMONSTRATION_WEIGHTS: "DEMONSTRATION MODEL: trained on computer-made phantoms, not on patients.",
+    Flag.REFUSED: "The model declined to report; its own words stand under Finding.",
+    Flag.UNPARSED: "No sections were recognised in the model's text; all of it stands under Finding.",
+    Flag.TRUNCATED: "The text ended at its length limit and is not complete.",
+    Flag.REPETITION: "The model repeated itself; the text was cut there.",
+    Flag.MISSING_SLICES: "Slices are missing from the series that was read.",
+    Flag.UNREADABLE_SLICES: "Some slices of the series could not be read.",
+    Flag.DUPLICATE_POSITIONS: "Several slices stand at one position; one of each was read.",
+    Flag.GANTRY_TILT: "The gantry was tilted; slices were read without correction.",
+}
+# Said before the impression itself; the others are comments
+_URGENT = (
+    Flag.RANDOM_WEIGHTS, Flag.DEMONSTRATION_WEIGHTS, Flag.REFUSED, Flag.UNPARSED, Flag.TRUNCATED,
+    Flag.REPETITION, Flag.MISSING_SLICES, Flag.UNREADABLE_SLICES,
+)  # fmt: skip
+_NOT_SHOWN = {
+    SourceState.REPRESENTED: "represented by a similar neighbour",
+    SourceState.SAMPLED_OUT: "left out by sampling",
+    SourceState.DUPLICATE: "at a position already read",
+    SourceState.UNREADABLE: "unreadable",
+}
+
+
+def findings(output: AnalysisOutput) -> list[str]:
+    """The model's findings by paragraph; never empty."""
+    return paragraphs(output.findings) or [NO_FINDINGS_TEXT]
+
+
+def impression(output: AnalysisOutput) -> str:
+    """The model's impression behind what must be known before it is read, as one text with CR LF."""
+    notices = [NOTICES[flag] for flag in NOTICES if flag in output.flags and flag in _URGENT]
+    opening = " ".join([NOT_FOR_DIAGNOSIS, *notices])
+    return "\r\n".join([opening, *(paragraphs(output.impression) or [NO_FINDINGS_TEXT])])
+
+
+def comments(output: AnalysisOutput, revision_note: str, instances_not_listed: int) -> list[str]:
+    """What was read and shown, what was not, and why; each is one text."""
+    said = [_shown(output), f"Series read: {output.series_reason}", *_series_not_read(output)]
+    said += [NOTICES[flag] for flag in NOTICES if flag in output.flags and flag not in _URGENT]
+    said += output.notes
+    if instances_not_listed:
+        said.append(f"{instances_not_listed} instances of the series are not listed: no readable header.")
+    if revision_note:
+        said.append(revision_note)
+    return [text for part in said for text in paragraphs(part)]
+
+
+def shown_slices(output: AnalysisOutput) -> int:
+    """Source slices that are, alone or in a slab, in an input that the model got."""
+    return sum(source.state in (SourceState.SHOWN, SourceState.IN_SLAB) for source in output.retention.sources)
+
+
+def paragraphs(text: str) -> list[str]:
+    """Lines of text that may be written in UTF-8: no control characters, none that stand for lost ones."""
+    written = "".join(_writable(character) for character in text)
+    return [line.strip() for line in re.split(r"[\r\n]+", written) if line.strip()]
+
+
+def _writable(character: str) -> str:
+    if character == "\ufffd" or "\ud800" <= character <= "\udfff":
+        return "[unreadable character]"
+    if character in "\r\n\u2028\u2029\x0b\x0c\x85":
+        return "\n"
+    return " " if character == "\t" or character < " " or "\x7f" <= character < "\xa0" else character
+
+
+def _shown(output: AnalysisOutput) -> str:
+    counts = output.counts
+    states = Counter(source.state for source in output.retention.sources)
+    rest = [f"{states[state]} {words}" for state, words in _NOT_SHOWN.items() if states[state]]
+    averaged = states[SourceState.IN_SLAB]
+    return (
+        f"The model was shown {shown_slices(output)} of {counts.slices_in_series} slices"
+        + (f" ({averaged} of them averaged with neighbours)" if averaged else "")
+        + f" and {counts.tokens_kept} of {counts.tokens_in} image tokens."
+        + (f" Slices not shown: {', '.join(rest)}." if rest else "")
+    )
+
+
+def _series_not_read(output: AnalysisOutput) -> list[str]:
+    return [
+        f"Series not read: {candidate.modality or 'unknown modality'}, {candidate.instances} instances: "
+        f"{candidate.reason}"
+        for candidate in output.candidates
+        if not candidate.chosen
+    ]
