@@ -227,7 +227,8 @@ class Spool:
             )
             write_durably(self._incoming / f"{name}.json", receipt.to_json())
         except OSError as error:
-            (self._incoming / f"{name}.json.part").unlink(missing_ok=True)
+            for suffix in (".json", ".json.part"):
+                (self._incoming / f"{name}{suffix}").unlink(missing_ok=True)
             if error.errno in _NO_SPACE:
                 raise NoSpace(f"{self.path}: no space left on the device") from error
             raise
@@ -238,8 +239,8 @@ class Spool:
         """Write the heartbeat: at the association's first instance of each study, before it is stored."""
         path = self._heartbeat(association.association_id)
         temporary = self._tmp / path.name
-        temporary.write_bytes(association.to_json())
-        temporary.replace(path)
+        _create(temporary, association.to_json())
+        temporary.rename(path)
 
     def touch_association(self, association_id: str) -> None:
         """Keep the heartbeat fresh; nothing happens where there is none."""
@@ -339,11 +340,7 @@ class Spool:
     def _write(self, study_key: str, path: Path, header: bytes, data_set: bytes | memoryview) -> None:
         temporary = self._tmp / f"{os.getpid()}-{next(self._counter)}.dcm"
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb", buffering=0) as stream:
-                _write_all(stream.fileno(), header)
-                _write_all(stream.fileno(), data_set)
-                os.fsync(stream.fileno())
+            _create(temporary, header, data_set, durable=True)
             self._ensure_study(study_key)
             try:
                 temporary.rename(path)
@@ -459,7 +456,15 @@ def _modified(path: Path) -> float:
         return math.inf
 
 
-def _write_all(descriptor: int, content: bytes | memoryview) -> None:
-    remaining = memoryview(content)
-    while remaining:
-        remaining = remaining[os.write(descriptor, remaining) :]
+def _create(path: Path, *parts: bytes | memoryview, durable: bool = False) -> None:
+    """A new file of these parts, for its owner alone; synced when `durable`, its folder never."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        for part in parts:
+            remaining = memoryview(part)
+            while remaining:
+                remaining = remaining[os.write(descriptor, remaining) :]
+        if durable:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

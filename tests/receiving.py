@@ -1,0 +1,224 @@
+"""What the tests of the receiver share: a receiver on a free port, instances to send, and a peer that sends bytes.
+
+The pynetdicom peer goes below its own checks, so that it can send what no honest sender would.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pynetdicom import AE, Association, build_context
+from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.pdu import A_ASSOCIATE_RQ
+from pynetdicom.pdu_primitives import (
+    A_ASSOCIATE,
+    ImplementationClassUIDNotification,
+    MaximumLengthNotification,
+)
+
+from service.receiver import Receiver
+from service.shared.settings import ScpSettings, SourceSettings
+from service.spool import Receipt, Spool
+
+SENDER = "SENDER"
+STUDY_UID = "1.2.826.0.1.3680043.10.1.1"
+
+
+@dataclass(frozen=True)
+class Running:
+    receiver: Receiver
+    spool: Spool
+    port: int
+
+
+@contextmanager
+def running(
+    folder: Path,
+    *,
+    sources: tuple[SourceSettings, ...] = (SourceSettings(ae_title=SENDER),),
+    min_free_bytes: int = 0,
+    grace_s: float = 0.0,
+    **scp: Any,
+) -> Iterator[Running]:
+    """A receiver on a free port of the loopback; what is still open at the end is aborted after `grace_s`."""
+    spool = Spool(folder, min_free_bytes)
+    receiver = Receiver(ScpSettings(port=0, **scp), sources, spool)
+    receiver.start()
+    try:
+        yield Running(receiver, spool, receiver.port)
+    finally:
+        receiver.stop(grace_s)
+
+
+def instance(number: int = 1, *, study_uid: str = STUDY_UID, sop_class_uid: str = CTImageStorage) -> Dataset:
+    """A small native CT instance, told from others by `number`."""
+    dataset = Dataset()
+    dataset.SpecificCharacterSet = "ISO_IR 192"
+    dataset.SOPClassUID = sop_class_uid
+    dataset.SOPInstanceUID = f"{study_uid}.1.{number}"
+    dataset.Modality = "CT"
+    dataset.PatientName = "Planted^Patient"
+    dataset.PatientID = "PLANTED-1"
+    dataset.StudyInstanceUID = study_uid
+    dataset.SeriesInstanceUID = f"{study_uid}.1"
+    dataset.InstanceNumber = number
+    dataset.Rows = dataset.Columns = 16
+    dataset.SamplesPerPixel = 1
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit = 15
+    dataset.PixelRepresentation = 0
+    dataset.PixelData = struct.pack("<256H", *(number * 256 + place for place in range(256)))
+    dataset["PixelData"].VR = "OW"
+    return dataset
+
+
+def compressed(number: int = 1, **identity: Any) -> Dataset:
+    """The same with two fragments of no meaning where a compressed frame would be."""
+    dataset = instance(number, **identity)
+    dataset.NumberOfFrames = 2
+    dataset.PixelData = encapsulate([bytes(range(100)), bytes(range(50))])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    return dataset
+
+
+def encode(dataset: Dataset, transfer_syntax_uid: str = ExplicitVRLittleEndian) -> bytes:
+    """The data set as it would go over the wire, less a deflation."""
+    syntax = UID(transfer_syntax_uid)
+    stream = DicomBytesIO()
+    stream.is_little_endian = syntax.is_little_endian
+    stream.is_implicit_VR = syntax.is_implicit_VR
+    write_dataset(stream, dataset)
+    return stream.getvalue()
+
+
+def associate(
+    port: int,
+    contexts: dict[str, list[str]] | list[tuple[str, list[str]]] | None = None,
+    *,
+    calling_ae: str = SENDER,
+    called_ae: str = "MEDPRUNER",
+    max_pdu_bytes: int = 16382,
+) -> Association:
+    """Ask for an association with the given (class, transfer syntaxes); look at `is_established` for the answer."""
+    entity = AE(calling_ae)
+    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
+    wanted = contexts if contexts is not None else [(CTImageStorage, [ExplicitVRLittleEndian])]
+    pairs = wanted.items() if isinstance(wanted, dict) else wanted
+    return entity.associate(
+        "127.0.0.1",
+        port,
+        contexts=[build_context(abstract_syntax, syntaxes) for abstract_syntax, syntaxes in pairs],
+        ae_title=called_ae,
+        max_pdu=max_pdu_bytes,
+    )
+
+
+def send(
+    association: Association,
+    data_set: bytes,
+    *,
+    sop_class_uid: str | None = CTImageStorage,
+    sop_instance_uid: str | None = f"{STUDY_UID}.1.1",
+    transfer_syntax_uid: str = ExplicitVRLittleEndian,
+) -> int | None:
+    """C-STORE exactly these bytes under this command; the status, or None when no answer came."""
+    context = next(
+        context for context in association.accepted_contexts if context.transfer_syntax[0] == transfer_syntax_uid
+    )
+    request = C_STORE()
+    request.MessageID = 7
+    request.AffectedSOPClassUID = sop_class_uid
+    request.AffectedSOPInstanceUID = sop_instance_uid
+    request.Priority = 2
+    request.DataSet = BytesIO(data_set)
+    association._reactor_checkpoint.clear()
+    while not association._is_paused:
+        time.sleep(0.0001)
+    try:
+        association.dimse.send_msg(request, context.context_id)
+        _, response = association.dimse.get_msg(block=True)
+    finally:
+        association._reactor_checkpoint.set()
+    return response.Status if response is not None else None
+
+
+def send_instance(association: Association, dataset: Dataset) -> int | None:
+    """C-STORE the data set in Explicit VR Little Endian under the UIDs that it holds."""
+    return send(
+        association,
+        encode(dataset),
+        sop_class_uid=dataset.SOPClassUID,
+        sop_instance_uid=dataset.SOPInstanceUID,
+    )
+
+
+def receipts(spool: Spool) -> list[Receipt]:
+    return [spool.read(path) for path in spool.incoming()]
+
+
+def data_set_bytes(path: Path) -> bytes:
+    """What follows the file meta information of a Part 10 file (PS3.10 7.1)."""
+    content = path.read_bytes()
+    assert content[128:132] == b"DICM"
+    (length,) = struct.unpack("<L", content[140:144])
+    return content[144 + length :]
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Return as soon as it holds; fail the test when it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.005)
+
+
+def association_request(*, calling_ae: str = SENDER, called_ae: str = "MEDPRUNER") -> bytes:
+    """An A-ASSOCIATE-RQ for CT in Explicit and Implicit VR Little Endian, as bytes."""
+    primitive = A_ASSOCIATE()
+    primitive.application_context_name = "1.2.840.10008.3.1.1.1"
+    primitive.calling_ae_title = calling_ae
+    primitive.called_ae_title = called_ae
+    context = build_context(CTImageStorage, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+    context.context_id = 1
+    primitive.presentation_context_definition_list = [context]
+    length = MaximumLengthNotification()
+    length.maximum_length_received = 16382
+    implementation = ImplementationClassUIDNotification()
+    implementation.implementation_class_uid = UID("1.2.826.0.1.3680043.10.9")
+    primitive.user_information = [length, implementation]
+    return bytes(A_ASSOCIATE_RQ(primitive).encode())
+
+
+def p_data(fragment: bytes, *, command: bool, last: bool, context_id: int = 1) -> bytes:
+    """One P-DATA-TF PDU that holds one fragment (PS3.8 9.3.5)."""
+    value = bytes([context_id, command | last << 1]) + fragment
+    return struct.pack(">BxLL", 4, len(value) + 4, len(value)) + value
+
+
+def store_command(
+    *, sop_class_uid: str = CTImageStorage, sop_instance_uid: str = f"{STUDY_UID}.1.1", message_id: int = 1
+) -> bytes:
+    """A C-STORE-RQ command set (PS3.7 9.3.1.1), in Implicit VR Little Endian as always."""
+    command = Dataset()
+    command.AffectedSOPClassUID = sop_class_uid
+    command.CommandField = 0x0001
+    command.MessageID = message_id
+    command.Priority = 0
+    command.CommandDataSetType = 0x0001
+    command.AffectedSOPInstanceUID = sop_instance_uid
+    body = encode(command, ImplicitVRLittleEndian)
+    return struct.pack("<HHLL", 0, 0, 4, len(body)) + body
