@@ -27,6 +27,8 @@ import psycopg
 import pydicom
 import redis
 from pydicom.dataset import FileDataset
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 LOOPBACK = "127.0.0.1"
 SYSTEM_FOLDERS = ("/usr/bin", "/usr/sbin", "/usr/local/bin", "/bin")
@@ -160,7 +162,8 @@ class RedisServer(Server):
         return f"redis+socket://{self.socket}"
 
     def client(self) -> redis.Redis:
-        return redis.Redis(unix_socket_path=str(self.socket))
+        """A client that does not try again by itself: the tests want to see a dead server at once."""
+        return redis.Redis(unix_socket_path=str(self.socket), retry=Retry(NoBackoff(), 0))
 
     def is_ready(self) -> bool:
         with self.client() as client, contextlib.suppress(redis.RedisError):
