@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 # config.json `architectures[0]` -> the file and class that hosts it
 HOSTS = {
     "Gemma3ForConditionalGeneration": ("workers.vlm.gemma3", "Gemma3"),
+    "Qwen3VLForConditionalGeneration": ("workers.vlm.qwen3_vl", "Qwen3VL"),
+    "VideoLlama3ForConditionalGeneration": ("workers.vlm.video_llama3", "VideoLlama3"),
+    "HulumedQwen2ForCausalLM": ("workers.vlm.video_llama3", "VideoLlama3"),
+    "HulumedQwen3ForCausalLM": ("workers.vlm.video_llama3", "VideoLlama3"),
 }
 MARK = "medpruner.json"  # beside config.json in folders of ours; a user's folder has none
 WEIGHT_FLAGS = {"random": Flag.RANDOM_WEIGHTS, "demonstration": Flag.DEMONSTRATION_WEIGHTS}
@@ -122,10 +126,10 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_weights(architecture: Any, opened: Opened, attention: str | dict[str, str]) -> Any:
+def load_weights(architecture: Any, opened: Opened, attention: str, **options: Any) -> Any:
     """Load the stock class with every one of its weights; ConfigurationError where one is missing.
 
-    transformers would start missing weights at random and only warn.
+    transformers would start missing weights at random and only warn. options: more of from_pretrained's.
     """
     try:
         model, report = architecture.from_pretrained(
@@ -136,6 +140,7 @@ def load_weights(architecture: Any, opened: Opened, attention: str | dict[str, s
             dtype=opened.dtype,
             attn_implementation=attention,
             output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigurationError(f"[model] path: {opened.folder} cannot be loaded: {error}") from error

@@ -140,6 +140,9 @@ class Host(ABC):
     def arguments(self, prompts: Sequence[PrunedPrompt]) -> dict[str, Any]:
         """Return what forward() and generate() take for some studies, padded on the left."""
 
+    def forget(self) -> None:  # noqa: B027  # most stock classes keep nothing
+        """Clear what the stock class keeps of a request."""
+
     @abstractmethod
     def text_of(self, tokens: Tensor) -> str:
         """Decode generated tokens, without special ones."""
@@ -208,11 +211,14 @@ class Host(ABC):
         ends = self._ends()
         witness = Witness(self._now)
         arguments = self.arguments(prompts)
-        output = self.model.generate(
-            **arguments,
-            generation_config=greedy(max_new_tokens, ends, self._pad()),
-            logits_processor=LogitsProcessorList([witness]),
-        )
+        try:
+            output = self.model.generate(
+                **arguments,
+                generation_config=greedy(max_new_tokens, ends, self._pad()),
+                logits_processor=LogitsProcessorList([witness]),
+            )
+        finally:
+            self.forget()
         witness.finish()
         generated = output[:, arguments["input_ids"].shape[1] :].cpu()
         return [_up_to_end(row, ends) for row in generated], witness

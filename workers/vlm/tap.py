@@ -52,6 +52,14 @@ def tapped(attention: str) -> str:
     return name
 
 
+def vision_attention(attention: str) -> str:
+    """Return what the tower runs when the text model runs `attention`.
+
+    A flash attention package gets no tap; torch's sdpa takes flash kernels on CUDA by itself.
+    """
+    return "sdpa" if attention == "flash_attention_2" else attention
+
+
 @contextmanager
 def watching(layer: nn.Module, show: Show) -> Iterator[None]:
     """Call `show` with each set of queries and keys of `layer` (its attention module) inside the block."""
