@@ -6,7 +6,6 @@ import getpass
 import os
 import signal
 import sys
-
 from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import StrEnum

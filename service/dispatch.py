@@ -88,6 +88,11 @@ def dispatch_for_ever(settings: Settings, sessions: sessionmaker[Session], spool
     doorbell.close()
 
 
+def check(settings: Settings) -> None:
+    """Raise ConfigurationError for routes that can never be followed."""
+    routing.check_routes(routes(settings))
+
+
 def sweep(settings: Settings, sessions: sessionmaker[Session], spool: Path, doorbell: Doorbell, now: datetime) -> None:
     """One round: complete studies are queued, exhausted analyses failed, waiting ones rung for."""
     with sessions() as session:

@@ -149,7 +149,13 @@ def _store(
     report: ReportSettings = settings.report
     dataset = build_sr(output, source, report, sop_class, run=run)
     content = encode(dataset)
-    verdict = gate.inspect(content)
+    findings = gate.check(
+        content,
+        evidence={
+            one.sop_instance_uid for one in output.retention.sources if source.instance(one.sop_instance_uid) is not None
+        },
+        verbatim={source.study_uid, *(one.sop_instance_uid for one in source.instances)},
+    )
     sha256 = digest(content)
     path = settings.data.path / "outbox" / sha256[:2] / f"{sha256}.dcm"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -157,16 +163,16 @@ def _store(
     return Result(
         analysis_id=analysis.id,
         kind=f"sr-{sop_class.value}",
-        state=ResultState.BUILT if verdict.passed else ResultState.QUARANTINED,
+        state=ResultState.BUILT if gate.passes(findings) else ResultState.QUARANTINED,
         sop_class_uid=SOP_CLASSES[sop_class],
         sop_instance_uid=str(dataset.SOPInstanceUID),
         series_uid=str(dataset.SeriesInstanceUID),
-        device_uid=device_uid(output, report),
+        device_uid=device_uid(output),
         path=str(path.relative_to(settings.data.path)),
         sha256=sha256,
         size_bytes=len(content),
         created_at=datetime.now(UTC),
-        gate=[str(finding) for finding in verdict.findings],
+        gate=[f"{one.severity}: {one.checker}: {one.text}" for one in findings],
     )
 
 

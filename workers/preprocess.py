@@ -44,11 +44,8 @@ class Prepared:
         return np.repeat(affine[None], len(self.inputs), axis=0)
 
 
-def prepare(volume: Volume, settings: SeriesSettings, image_size: int) -> Prepared:
-    """Sample the stack to at most series.max_slices slices and window them.
-
-    image_size: side of the square to which the model's processor will stretch each image; recorded only.
-    """
+def prepare(volume: Volume, settings: SeriesSettings) -> Prepared:
+    """Sample the stack to at most series.max_slices slices and window them."""
     chosen = sample(len(volume.voxels), settings.max_slices)
     pixels = np.empty((len(chosen), *volume.voxels.shape[1:], 3), np.uint8)
     windows = CT_WINDOWS_HU if volume.modality == "CT" else (_percentiles(volume.voxels),) * 3
@@ -62,7 +59,6 @@ def prepare(volume: Volume, settings: SeriesSettings, image_size: int) -> Prepar
         "max_slices": settings.max_slices,
         "image_rows": volume.voxels.shape[1],
         "image_columns": volume.voxels.shape[2],
-        "model_image_size": image_size,
     }
     return Prepared(pixels, _inputs(volume, chosen), _sources(volume, chosen), applied, volume.source_from_voxel)
 

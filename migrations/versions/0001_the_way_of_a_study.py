@@ -56,9 +56,7 @@ def upgrade() -> None:
         sa.Column("study_uid", sa.String(length=64), nullable=False),
         sa.Column(
             "state",
-            sa.Enum(
-                "receiving", "complete", name="state", native_enum=False, create_constraint=True, length=16
-            ),
+            sa.Enum("receiving", "complete", name="state", native_enum=False, create_constraint=True, length=16),
             nullable=False,
         ),
         sa.Column("revision", sa.Integer(), nullable=False),
@@ -75,9 +73,7 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("study", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_study_last_image_at"), ["last_image_at"], unique=False)
-        batch_op.create_index(
-            batch_op.f("ix_study_state_last_image_at"), ["state", "last_image_at"], unique=False
-        )
+        batch_op.create_index(batch_op.f("ix_study_state_last_image_at"), ["state", "last_image_at"], unique=False)
 
     op.create_table(
         "analysis",
@@ -152,9 +148,7 @@ def upgrade() -> None:
         sa.Column("software_version", sa.String(length=64), nullable=True),
         sa.Column("output_path", sa.Text(), nullable=True),
         sa.Column("output_sha256", sa.String(length=64), nullable=True),
-        sa.ForeignKeyConstraint(
-            ["predecessor_id"], ["analysis.id"], name=op.f("fk_analysis_predecessor_id_analysis")
-        ),
+        sa.ForeignKeyConstraint(["predecessor_id"], ["analysis.id"], name=op.f("fk_analysis_predecessor_id_analysis")),
         sa.ForeignKeyConstraint(["study_id"], ["study.id"], name=op.f("fk_analysis_study_id_study")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_analysis")),
         sa.UniqueConstraint(
@@ -217,9 +211,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("study_id", name=op.f("pk_study_header")),
     )
     with op.batch_alter_table("study_header", schema=None) as batch_op:
-        batch_op.create_index(
-            batch_op.f("ix_study_header_accession_number"), ["accession_number"], unique=False
-        )
+        batch_op.create_index(batch_op.f("ix_study_header_accession_number"), ["accession_number"], unique=False)
         batch_op.create_index(batch_op.f("ix_study_header_patient_id"), ["patient_id"], unique=False)
 
     op.create_table(
@@ -233,9 +225,7 @@ def upgrade() -> None:
         sa.Column("findings", sa.Text(), nullable=False),
         sa.Column("impression", sa.Text(), nullable=False),
         sa.Column("raw_text", sa.Text(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["analysis_id"], ["analysis.id"], name=op.f("fk_report_text_analysis_id_analysis")
-        ),
+        sa.ForeignKeyConstraint(["analysis_id"], ["analysis.id"], name=op.f("fk_report_text_analysis_id_analysis")),
         sa.PrimaryKeyConstraint("analysis_id", name=op.f("pk_report_text")),
     )
     op.create_table(
@@ -245,9 +235,7 @@ def upgrade() -> None:
         sa.Column("kind", sa.String(length=32), nullable=False),
         sa.Column(
             "state",
-            sa.Enum(
-                "built", "quarantined", name="state", native_enum=False, create_constraint=True, length=16
-            ),
+            sa.Enum("built", "quarantined", name="state", native_enum=False, create_constraint=True, length=16),
             nullable=False,
         ),
         sa.Column("sop_class_uid", sa.String(length=64), nullable=False),
@@ -263,9 +251,7 @@ def upgrade() -> None:
             sa.JSON().with_variant(postgresql.JSONB(astext_type=sa.Text()), "postgresql"),
             nullable=False,
         ),
-        sa.ForeignKeyConstraint(
-            ["analysis_id"], ["analysis.id"], name=op.f("fk_result_analysis_id_analysis")
-        ),
+        sa.ForeignKeyConstraint(["analysis_id"], ["analysis.id"], name=op.f("fk_result_analysis_id_analysis")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_result")),
         sa.UniqueConstraint("sop_instance_uid", name=op.f("uq_result_sop_instance_uid")),
     )

@@ -535,7 +535,17 @@ def requeue_delivery(session: Session, delivery_id: int, *, now: datetime, actor
         .values(state=DeliveryState.PENDING, attempts=0, next_attempt_at=now),
     )
     if changed:
-        audit.append(session, AuditKind.DELIVERY_REQUEUED, now=now, actor=actor, delivery_id=delivery_id)
+        delivery = session.get_one(Delivery, delivery_id, populate_existing=True)
+        audit.append(
+            session,
+            AuditKind.DELIVERY_REQUEUED,
+            now=now,
+            actor=actor,
+            **_analysed(session, delivery.result_id),
+            result_id=delivery.result_id,
+            delivery_id=delivery_id,
+            destination=delivery.destination,
+        )
     return changed
 
 
@@ -620,6 +630,7 @@ def _close_delivery(
             kind,
             now=now,
             actor=actor,
+            **_analysed(session, delivery.result_id),
             result_id=delivery.result_id,
             delivery_id=delivery.id,
             destination=delivery.destination,
@@ -627,3 +638,13 @@ def _close_delivery(
             attempt=delivery.attempts + 1,
         )
     return changed
+
+
+def _analysed(session: Session, result_id: int) -> dict[str, int]:
+    """Whose result it is, so that a study's history holds its deliveries."""
+    row = session.execute(
+        select(Analysis.study_id, Analysis.id)
+        .join(Result, Result.analysis_id == Analysis.id)
+        .where(Result.id == result_id)
+    ).one()
+    return {"study_id": row.study_id, "analysis_id": row.id}

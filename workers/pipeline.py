@@ -1,0 +1,181 @@
+"""One study from files to AnalysisOutput. This file is the way; every step is one call into the file of its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from service.shared import VERSION
+from service.shared.durable import digest
+from service.shared.messages import (
+    AnalysisOutput,
+    Counts,
+    Flag,
+    Retention,
+    RetentionArrays,
+    SourceInstance,
+    SourceState,
+)
+from service.shared.settings import PruningMethod, PruningSettings, Settings
+from workers.preprocess import Prepared, prepare
+from workers.sections import Sections, parse
+from workers.series import Choice, choose, read_headers
+from workers.vlm import Generation, VisionLanguageModel
+from workers.volume import Volume, load
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to read: the files of one revision of a study, and the settings of its route."""
+
+    analysis_id: int
+    study_uid: str
+    paths: tuple[Path, ...]
+    prompt: str
+    settings: Settings
+
+
+def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, bytes]:
+    """Read one study; return what was said, with the retention arrays as npz.
+
+    Raises Refusal when the study cannot be read for a reason that another attempt will not change.
+    """
+    settings, clock = request.settings, _Clock()
+    with clock("headers"):
+        headers = read_headers(request.paths)
+        choice = choose(headers, settings.series)
+    with clock("volume"):
+        volume = load([header for header in headers if header.series_uid == choice.series_uid], settings.series)
+    with clock("preprocess"):
+        prepared = prepare(volume, settings.series)
+    generation = model.read(
+        prepared.pixels, request.prompt, settings.pruning, max_new_tokens=settings.model.max_new_tokens
+    )
+    clock.seconds |= generation.timings_s
+    sections = parse(generation.text)
+    arrays = _arrays(prepared, generation).to_npz()
+    return _output(request, model, choice, volume, prepared, generation, sections, arrays, clock.seconds), arrays
+
+
+class _Clock:
+    """Seconds per step, in the order of the way."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.seconds[step] = perf_counter() - start
+
+
+def _output(
+    request: Request,
+    model: VisionLanguageModel,
+    choice: Choice,
+    volume: Volume,
+    prepared: Prepared,
+    generation: Generation,
+    sections: Sections,
+    arrays: bytes,
+    timings_s: dict[str, float],
+) -> AnalysisOutput:
+    flags = [*model.flags, *volume.flags, *sections.flags, *([Flag.TRUNCATED] if generation.truncated else [])]
+    return AnalysisOutput(
+        analysis_id=request.analysis_id,
+        study_uid=request.study_uid,
+        series_uid=choice.series_uid,
+        modality=choice.modality,
+        frame_of_reference_uid=volume.frame_of_reference_uid,
+        series_reason=choice.reason,
+        candidates=choice.candidates,
+        findings=sections.findings,
+        impression=sections.impression,
+        raw_text=generation.text,
+        flags=tuple(dict.fromkeys(flags)),
+        notes=volume.notes,
+        model=model.identity,
+        prompt=request.prompt,
+        max_new_tokens=request.settings.model.max_new_tokens,
+        pruning=as_applied(request.settings.pruning),
+        preprocessing=prepared.applied,
+        counts=_counts(volume, prepared, generation),
+        timings_s={step: round(seconds, 4) for step, seconds in timings_s.items()},
+        memory_peak_bytes=generation.memory_peak_bytes,
+        software_version=VERSION,
+        retention=_retention(prepared, generation),
+        arrays_sha256=digest(arrays),
+    )
+
+
+def as_applied(pruning: PruningSettings) -> dict[str, object]:
+    """The settings that had an effect; a disabled stage is recorded as off, without the knobs it did not use."""
+    if pruning.method is PruningMethod.OFF:
+        return {"method": "off", "slice_stage": False, "token_stage": False}
+    applied: dict[str, object] = pruning.model_dump(mode="json")
+    if not pruning.slice_stage:
+        del applied["gamma"]
+    if not pruning.token_stage:
+        for knob in ("tau", "temperature", "contextual_fraction"):
+            del applied[knob]
+    return applied
+
+
+def _counts(volume: Volume, prepared: Prepared, generation: Generation) -> Counts:
+    tokens = generation.counts
+    return Counts(
+        slices_in_series=len(volume.sources),
+        slices_readable=sum(source.state is not SourceState.UNREADABLE for source in volume.sources),
+        slices_sampled=len({index for one in prepared.inputs for index in one.source_instances}),
+        inputs=len(prepared.inputs),
+        inputs_kept=int(generation.inputs_kept.sum()),
+        tokens_in=tokens.tokens_in,
+        tokens_kept=tokens.tokens_kept,
+        tokens_merged=tokens.tokens_merged,
+        tokens_text=tokens.tokens_text,
+        tokens_generated=tokens.tokens_generated,
+    )
+
+
+def _retention(prepared: Prepared, generation: Generation) -> Retention:
+    """What the slice stage made of every input and so of every source instance."""
+    inputs = tuple(
+        one.model_copy(
+            update={
+                "kept": bool(generation.inputs_kept[one.index]),
+                "represented_by": None
+                if generation.inputs_kept[one.index]
+                else int(generation.represented_by[one.index]),
+            }
+        )
+        for one in prepared.inputs
+    )
+    return Retention(
+        sources=tuple(_after_slice_stage(source, generation) for source in prepared.sources),
+        inputs=inputs,
+        token_rows=generation.token_rows,
+        token_columns=generation.token_columns,
+    )
+
+
+def _after_slice_stage(source: SourceInstance, generation: Generation) -> SourceInstance:
+    index = source.input_index
+    if index is None or generation.inputs_kept[index]:
+        return source
+    representative = int(generation.represented_by[index])
+    return source.model_copy(update={"state": SourceState.REPRESENTED, "input_index": representative})
+
+
+def _arrays(prepared: Prepared, generation: Generation) -> RetentionArrays:
+    return RetentionArrays(
+        tokens=generation.tokens,
+        merged_into=generation.merged_into,
+        scores=generation.scores.astype(np.float32),
+        source_pixels_from_token=prepared.source_pixels_from_token(generation.token_rows, generation.token_columns),
+    )
