@@ -166,8 +166,10 @@ def _is_summary(line: str) -> bool:
 
 def without_values(line: str) -> str:
     """A line of dciodvfy without what it quotes from the data set; names of attributes and modules stay."""
-    named = re.sub(r"(?:= |(?<!attribute )(?<!Element=)(?<!Module=))<[^>]*>", "<...>", line)
-    return re.sub(r"= '.'? ?\(0x[0-9a-f]+\)", "= ...", named).strip()
+    line = re.sub(r"= <.*>", "= <...>", line)
+    line = re.sub(r"<.*> for value", "<...> for value", line)
+    line = re.sub(r"(?<!attribute )(?<!Element=)(?<!Module=)<(?!\.\.\.|=)[^>]*>", "<...>", line)
+    return re.sub(r"= '.*' \(0x[0-9a-f]+\)", "= ...", line).strip()
 
 
 def _own_findings(dataset: Dataset, evidence: Collection[str] | None) -> Iterator[GateFinding]:

@@ -19,7 +19,7 @@ def walk(item: Dataset) -> Iterator[Dataset]:
 def readable(document: Dataset) -> str:
     """Title, header, text, then every measurement and code; lines end with LF, nothing is wrapped."""
     lines = [_meaning(document).upper() or "STRUCTURED REPORT", ""]
-    lines += [f"{name:<14}{value}" for name, value in _header(document)]
+    lines += [f"{name:<14}{value}".rstrip() for name, value in _header(document)]
     children = list(document.get("ContentSequence") or [])
     for item in sorted(children, key=lambda child: _code(child) in _TITLES):
         lines += list(_section(item) if item.ValueType == "CONTAINER" else _line(item, 0))
@@ -69,7 +69,8 @@ def _line(item: Dataset, depth: int) -> Iterator[str]:
         if child not in images:
             yield from _line(child, depth + 1)
     if images:
-        yield f"{indent}  {_meaning(images[0])}: {len(images)} images"
+        noun = "image" if len(images) == 1 else "images"
+        yield f"{indent}  {_meaning(images[0])}: {len(images)} {noun}"
 
 
 def _value(item: Dataset) -> str:
