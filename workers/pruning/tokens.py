@@ -145,8 +145,6 @@ def merge(features: Tensor, merged_into: Tensor, places: Tensor, *, count_target
     arriving = (merged_into.unsqueeze(1) == places.unsqueeze(2)).float()  # (S, count, n)
     number = arriving.sum(dim=-1, keepdim=True)
     total = arriving @ features.float()
-    if count_target:
-        merged = (own.float() + total) / (1 + number)
-    else:
-        merged = own.float() + total / number.clamp(min=1)
+    whole = own.float()
+    merged = (whole + total) / (1 + number) if count_target else whole + total / number.clamp(min=1)
     return padded.scatter(1, index, torch.where(number > 0, merged.to(features.dtype), own))[:, :tokens]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,11 @@ class VisionLanguageModel(Protocol):
     @property
     def flags(self) -> tuple[Flag, ...]:
         """What every report of these weights must say (random or demonstration weights)."""
+        ...
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """The input these weights were trained on, as their folder's medpruner.json says; empty: MedGemma's."""
         ...
 
     def read(

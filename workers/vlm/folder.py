@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ class Opened:
     attention: str
     identity: ModelIdentity
     flags: tuple[Flag, ...]
+    preprocessing: dict[str, Any] = field(default_factory=dict)
 
 
 def open_folder(settings: ModelSettings, folder: Path | None) -> Host:
@@ -51,7 +52,7 @@ def open_folder(settings: ModelSettings, folder: Path | None) -> Host:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    if folder is None and settings.path == "demo" and not DEMONSTRATION.is_dir():
+    if folder is None and settings.path == "demo" and not (DEMONSTRATION / "config.json").exists():
         with tempfile.TemporaryDirectory(prefix="medpruner-") as temporary:
             return _open(settings, _random_weights(Path(temporary)), named="demo")
     if folder is not None:
@@ -80,7 +81,8 @@ def _open(settings: ModelSettings, folder: Path, *, named: str) -> Host:
         attention=settings.attention,
     )
     flags = (WEIGHT_FLAGS[mark["weights"]],) if mark else ()
-    return host.load(Opened(folder, device, dtype, settings.attention, identity, flags))
+    preprocessing = dict(mark.get("preprocessing", {}))
+    return host.load(Opened(folder, device, dtype, settings.attention, identity, flags, preprocessing))
 
 
 def architecture_of(folder: Path) -> str:
@@ -163,10 +165,13 @@ def _mark(folder: Path) -> dict[str, Any]:
     path = folder / MARK
     if not path.exists():
         return {}
-    mark = json.loads(path.read_text(encoding="utf-8"))
-    if mark.get("weights") not in WEIGHT_FLAGS:
+    try:
+        mark = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: not valid JSON") from error
+    if not isinstance(mark, dict) or mark.get("weights") not in WEIGHT_FLAGS:
         raise ConfigurationError(f'{path}: "weights" must be one of {", ".join(WEIGHT_FLAGS)}')
-    return dict(mark)
+    return mark
 
 
 def _device(settings: ModelSettings) -> torch.device:

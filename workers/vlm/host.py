@@ -107,6 +107,10 @@ class Host(ABC):
         return self.opened.flags
 
     @property
+    def preprocessing(self) -> dict[str, Any]:
+        return self.opened.preprocessing
+
+    @property
     @abstractmethod
     def placeholder(self) -> int:
         """The id that stands for one visual token in the prompt."""
