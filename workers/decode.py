@@ -295,7 +295,12 @@ def _codestream(dataset: Dataset, index: int) -> bytes:
 
 
 def _check_codestream(encoded: bytes, shape: tuple[int, int]) -> None:
-    """Compare the size inside the compressed data with the header's: decoders allocate by the former."""
+    """Compare the size inside the compressed data with the header's: decoders allocate by the former.
+
+    A JPEG-LS stream without its end keeps CharLS busy for ten seconds, so that is looked for here.
+    """
+    if encoded.startswith(b"\xff\xd8") and b"\xff\xd9" not in encoded[-16:]:
+        raise _Unreadable("the compressed data are cut off")
     size = jpeg2000_size(encoded) or jpeg_size(encoded)
     if size is None:
         raise _Unreadable("compressed data without an image size")
