@@ -21,7 +21,7 @@ from threading import Event
 import structlog
 from pydicom import Dataset, dcmread
 from sqlalchemy import select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.shared import audit, transitions
@@ -134,12 +134,16 @@ def ingest(settings: Settings, sessions: sessionmaker[Session], spool: Spool) ->
 
 def _ingest_batch(settings: Settings, sessions: sessionmaker[Session], spool: Spool, paths: Iterable[Path]) -> int:
     receipts = [(path, receipt) for path in paths if (receipt := _readable(sessions, spool, path)) is not None]
-    with sessions.begin() as session:
-        take(session, settings, spool, [receipt for _, receipt in receipts], datetime.now(UTC), held=False)
-    for (
-        path,
-        receipt,
-    ) in receipts:  # after the commit: a receipt that waits still is ingested again, harmlessly
+    try:
+        with sessions.begin() as session:
+            take(session, settings, spool, [receipt for _, receipt in receipts], datetime.now(UTC), held=False)
+    except (DataError, IntegrityError) as error:
+        # the database takes one of these values for impossible: it must not keep the others waiting for ever
+        if len(receipts) > 1:
+            return sum(_ingest_batch(settings, sessions, spool, [path]) for path, _ in receipts)
+        _set_aside(sessions, spool, receipts[0][0], f"the database refuses it ({type(error).__name__})")
+        return 0
+    for path, receipt in receipts:  # after the commit: a receipt that waits still is ingested again, harmlessly
         spool.settle(path, receipt)
     return len(receipts)
 
@@ -383,12 +387,16 @@ def _readable(sessions: sessionmaker[Session], spool: Spool, path: Path) -> Rece
         if not (spool.path / receipt.path).is_file():
             raise ReceiptError(f"{path.name}: the instance it names is not in the spool")
     except ReceiptError as error:
-        aside = spool.set_aside(path)
-        log.error("receipt_unusable", file=str(aside), reason=str(error))
-        with sessions.begin() as session:
-            audit.append(session, AuditKind.RECEIPT_UNUSABLE, now=datetime.now(UTC), actor=ACTOR, file=aside.name)
+        _set_aside(sessions, spool, path, str(error))
         return None
     return receipt
+
+
+def _set_aside(sessions: sessionmaker[Session], spool: Spool, path: Path, reason: str) -> None:
+    aside = spool.set_aside(path)
+    log.error("receipt_unusable", file=str(aside), reason=reason)
+    with sessions.begin() as session:
+        audit.append(session, AuditKind.RECEIPT_UNUSABLE, now=datetime.now(UTC), actor=ACTOR, file=aside.name)
 
 
 @contextmanager

@@ -197,16 +197,25 @@ def series_attributes(
 
 
 def ring_waiting(settings: Settings, sessions: sessionmaker[Session], doorbell: Doorbell, now: datetime) -> None:
-    """Ring for what was never rung for, and again for what is overdue once the queue has run dry."""
+    """Ring for what was never rung for or lost its worker since; and again for what is overdue, once the queue is dry.
+
+    A queue that is not dry may still hold the messages: ringing then would only pile up more of them.
+    """
     overdue = now - timedelta(seconds=settings.queue.ring_again_s)
     waits = or_(
         Analysis.state == AnalysisState.QUEUED,
         and_(Analysis.state == AnalysisState.RUNNING, Analysis.lease_until < now),
     )
     with sessions() as session:
-        rows = session.execute(select(Analysis.id, Analysis.rung_at).where(waits).order_by(Analysis.queued_at)).all()
-    ids = [row.id for row in rows if row.rung_at is None]
-    again = [row.id for row in rows if row.rung_at is not None and row.rung_at < overdue]
+        rows = session.execute(
+            select(Analysis.id, Analysis.rung_at, Analysis.lease_until).where(waits).order_by(Analysis.queued_at)
+        ).all()
+    ids, again = [], []
+    for analysis_id, rung_at, lease_until in rows:
+        if rung_at is None or (lease_until is not None and rung_at < lease_until):
+            ids.append(analysis_id)
+        elif rung_at < overdue:
+            again.append(analysis_id)
     if again and doorbell.is_dry():
         ids += again
     if not ids:

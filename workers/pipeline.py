@@ -57,7 +57,7 @@ def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, 
         prepared.pixels, request.prompt, settings.pruning, max_new_tokens=settings.model.max_new_tokens
     )
     clock.seconds |= generation.timings_s
-    sections = parse(generation.text)
+    sections = parse(generation.text.replace("\0", ""))  # PostgreSQL keeps no NUL, and no report needs one
     arrays = _arrays(prepared, generation).to_npz()
     return _output(request, model, choice, volume, prepared, generation, sections, arrays, clock.seconds), arrays
 
@@ -97,7 +97,7 @@ def _output(
         candidates=choice.candidates,
         findings=sections.findings,
         impression=sections.impression,
-        raw_text=generation.text,
+        raw_text=generation.text.replace("\0", ""),
         flags=tuple(dict.fromkeys(flags)),
         notes=volume.notes,
         model=model.identity,

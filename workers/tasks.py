@@ -18,7 +18,7 @@ from service.shared import transitions
 from service.shared.db import Analysis, Instance, Study
 from service.shared.log import explain_exception
 from service.shared.messages import AnalysisOutput, store_output
-from service.shared.settings import QueueSettings, Settings, for_route, spool_folder
+from service.shared.settings import QueueSettings, Settings, spool_folder
 from service.shared.transitions import Claim
 from workers import pipeline
 from workers.errors import Refusal
@@ -107,10 +107,7 @@ def _request(sessions: sessionmaker[Session], claim: Claim, settings: Settings) 
 
 def _as_queued(settings: Settings, analysis: Analysis) -> Settings:
     """The settings that were on record when the analysis was queued, whatever the file says by now."""
-    content = for_route(settings, analysis.route).model_dump()
-    for section in ("model", "pruning", "series"):
-        content[section] = analysis.settings[section]
-    return Settings.model_validate(content)
+    return Settings.model_validate(settings.model_dump() | analysis.settings)
 
 
 def _close_read(child: Child, claim: Claim, output: AnalysisOutput, arrays: bytes) -> None:
@@ -153,9 +150,7 @@ def _lease_kept(sessions: sessionmaker[Session], claim: Claim, lease_s: float) -
         while not over.wait(lease_s / 3):
             try:
                 with sessions.begin() as session:
-                    held = transitions.renew_lease(
-                        session, claim, lease_until=_now() + timedelta(seconds=lease_s)
-                    )
+                    held = transitions.renew_lease(session, claim, lease_until=_now() + timedelta(seconds=lease_s))
             except DBAPIError as error:
                 log.warning("lease_not_renewed", error=type(error).__name__)
             else:
