@@ -18,7 +18,6 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY service/__init__.py ./service/__init__.py
 COPY service/shared ./service/shared
 COPY workers ./workers
-COPY migrations ./migrations
 RUN pip install -c constraints.txt -e '.[worker]'
 
 RUN groupadd --gid 10001 medpruner \
