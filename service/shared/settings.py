@@ -25,7 +25,7 @@ class ConfigurationError(Exception):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataSettings(Section):
@@ -204,12 +204,15 @@ def resolve(path: Path | None, environ: Mapping[str, str]) -> tuple[Settings, di
         if len(keys) != 2 or keys[0] in ("source", "destination", "route"):
             faults.append(f"{variable}: not of the form {ENVIRONMENT_PREFIX}SECTION__KEY (lists live in the file)")
             continue
-        content.setdefault(keys[0], {})[keys[1]] = _value(text)
-        sources[".".join(keys)] = f"environment {variable}"
+        section = content.setdefault(keys[0], {})
+        if isinstance(section, dict):  # anything else is refused below
+            section[keys[1]] = _value(text)
+            sources[".".join(keys)] = f"environment {variable}"
     try:
         settings = Settings.model_validate(content)
     except ValidationError as error:
-        faults += [_explain(fault, name) for fault in error.errors(include_url=False, include_input=False)]
+        for fault in error.errors(include_url=False, include_input=False):
+            faults.append(_explain(fault, sources.get(".".join(map(str, fault["loc"][:2])), name)))
     if faults:
         raise ConfigurationError("\n".join(faults))
     faults = list(_contradictions(settings))
@@ -285,9 +288,10 @@ def _read(path: Path | None) -> tuple[dict[str, Any], str]:
 def _value(text: str) -> Any:
     """`true`, `12`, `["CT"]` and quoted strings are TOML; anything else is the string itself."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        content = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return content["value"] if len(content) == 1 else text
 
 
 def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
