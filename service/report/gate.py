@@ -70,6 +70,10 @@ ALLOWED_WARNINGS: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(r"Value dubious for this VR - .* PN .*Retired Person Name form"),
         "a name of the source without component delimiters, copied as it is",
     ),
+    (
+        re.compile(r"Missing attribute or value that would be needed to build DICOMDIR - "),
+        "a Type 2 attribute that the source leaves empty; only exchange media need it",
+    ),
 )
 
 

@@ -93,7 +93,6 @@ _PATIENT_AND_STUDY = (
     _Rule("DeidentificationMethod", "LO"),
     _Rule("DeidentificationMethodCodeSequence", "SQ", 3, items=_CODE),
     _Rule("PatientAge", "AS"),
-    _Rule("PatientWeight", "DS"),
     _Rule("StudyDate", "DA", 2),
     _Rule("StudyTime", "TM", 2),
     _Rule("StudyID", "SH", 2),

@@ -58,7 +58,6 @@ FAULTS = [
     ("PatientName", "PN", "A^B^C^D^E^F", "", Action.EMPTIED),
     ("StudyDescription", "LO", "x" * 65, None, Action.DROPPED),
     ("PatientAge", "AS", "old", None, Action.DROPPED),
-    ("PatientWeight", "DS", "heavy", None, Action.DROPPED),
     ("TimezoneOffsetFromUTC", "SH", "CET", None, Action.DROPPED),
 ]
 

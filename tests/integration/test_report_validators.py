@@ -1,0 +1,218 @@
+"""Our objects against tools that others wrote: dciodvfy, PixelMed's template validator, dcmtk, on real sources."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from pydicom import dcmread
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset
+
+from service.report.encoding import encode
+from service.report.gate import Severity, check
+from service.report.identity import PriorDocument, RunIdentity
+from service.report.source import SourceStudy, read_source
+from service.report.structured_report import build_sr
+from service.shared.messages import Flag
+from service.shared.settings import ReportSettings, SrSopClass
+from tests.report_samples import BODY, HEAD, RUN, ct_header, output_for, write
+
+pytestmark = pytest.mark.validators
+
+PIXELMED = Path("/usr/share/java/pixelmed.jar")
+# The templates hold more operators in one XPath than OpenJDK 17 allows by itself
+JAVA = [
+    "java", "-Xmx1500m", "-Djdk.xml.xpathExprGrpLimit=0", "-Djdk.xml.xpathExprOpLimit=0",
+    "-Djdk.xml.xpathTotalOpLimit=0", "-cp", str(PIXELMED), "com.pixelmed.validate.DicomSRValidator",
+]  # fmt: skip
+# What PixelMed's rules of 2022 do not know yet, or what an extensible template leaves to us
+PIXELMED_WARNINGS = re.compile(
+    r"Warning: .*Measurement Group.*/CODE \(MP-\d+,99MEDPRUNER,.*Content Item not in template"
+)
+
+FLAGS: dict[str, Sequence[Flag]] = {flag.value: [flag] for flag in Flag} | {"none": [], "all": list(Flag)}
+
+
+def content_of(
+    source: SourceStudy,
+    flags: Sequence[Flag] = (),
+    sop_class: SrSopClass = SrSopClass.COMPREHENSIVE_3D,
+    run: RunIdentity = RUN,
+) -> bytes:
+    """A report on `source`."""
+    settings = ReportSettings(institution="Sankt-Elisabeth-Klinik für Radiologie")
+    return encode(build_sr(output_for(source, flags=flags), source, settings, sop_class, run=run))
+
+
+def unexpected(content: bytes, source: SourceStudy) -> list[str]:
+    """Everything that the gate found and that the allow-list does not hold."""
+    findings = check(content, evidence=[one.sop_instance_uid for one in source.instances], verbatim=source.uids)
+    return [str(one) for one in findings if one.severity is not Severity.ALLOWED]
+
+
+@pytest.fixture(scope="module")
+def body() -> SourceStudy:
+    """A real body CT, with an order."""
+    return read_source(BODY.glob("*.dcm"))
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("sop_class", list(SrSopClass))
+def test_every_variant_passes_the_gate(body: SourceStudy, sop_class: SrSopClass, flags: Sequence[Flag]) -> None:
+    """No error and no warning but the allowed ones, for each SOP class and flag."""
+    assert unexpected(content_of(body, flags, sop_class), body) == []
+
+
+def test_a_revision_passes_the_gate(body: SourceStudy) -> None:
+    """With predecessor documents."""
+    earlier = PriorDocument("1.2.840.10008.5.1.4.1.1.88.34", "2.25.501", "2.25.500", body.study_uid)
+    run = RunIdentity(RUN.analysis_key, RUN.content_time, "0.1.0", predecessors=(earlier,), revision_note="Later.")
+
+    assert unexpected(content_of(body, run=run), body) == []
+
+
+def series_of_pydicom() -> dict[str, list[Path]]:
+    """Small CT and MR series that come with pydicom."""
+    root = Path(str(get_testdata_file("DICOMDIR", download=False))).parent
+    folders = {"CT5N": "98892001/CT5N", "CT2": "77654033/CT2", "MR700": "98892003/MR700"}
+    return {name: sorted((root / folder).iterdir()) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("paths", [pytest.param(paths, id=name) for name, paths in series_of_pydicom().items()])
+def test_reports_on_other_peoples_series_pass_the_gate(paths: list[Path]) -> None:
+    """Headers as they are found."""
+    source = read_source(paths)
+
+    assert unexpected(content_of(source), source) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["CT_small.dcm", "MR_small_implicit.dcm", "MR_small_bigendian.dcm", "image_dfl.dcm"]
+)
+def test_reports_on_single_images_pass_the_gate(name: str) -> None:
+    """Implicit, big-endian, deflated, hardly any header."""
+    source = read_source([Path(str(get_testdata_file(name, download=False)))])
+
+    assert unexpected(content_of(source), source) == []
+
+
+BROKEN = {
+    "absent": dict.fromkeys(
+        ("PatientName", "PatientID", "PatientSex", "PatientBirthDate", "StudyDate", "StudyTime", "StudyID")
+    ),
+    "long": {"PatientID": "x" * 70, "AccessionNumber": "a" * 20, "StudyDescription": "d" * 90},
+    "wrong": {"PatientSex": "X", "PatientBirthDate": "00000000", "StudyTime": "99:99", "PatientAge": "12"},
+    "uids": {"StudyInstanceUID": "1.2.03.4", "SeriesInstanceUID": "1.2.004", "FrameOfReferenceUID": "none"},
+    "names": {"PatientName": "A^B^C^D^E^F^G", "ReferringPhysicianName": "x" * 80},
+}
+
+
+@pytest.mark.hostile
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attributes", BROKEN.values(), ids=BROKEN)
+def test_a_fault_of_the_source_stops_no_report(tmp_path: Path, attributes: dict[str, str | None]) -> None:
+    """Reports on broken headers leave without any error of ours."""
+    source = read_source(write(tmp_path, [ct_header(number, **attributes) for number in (1, 2)]))
+
+    findings = check(content_of(source), verbatim=source.uids)
+
+    assert [str(one) for one in findings if one.severity in (Severity.ERROR, Severity.WARNING)] == []
+    assert source.repairs
+
+
+NAMES = {
+    "latin": (["ISO_IR 100"], "Buc^Jérôme"),
+    "polish": (["ISO_IR 101"], "Wałęsa^Lech"),
+    "greek": (["ISO_IR 126"], "Διονυσιος"),
+    "arabic": (["ISO_IR 127"], "قباني^لنزار"),
+    "hebrew": (["ISO_IR 138"], "שרון^דבורה"),
+    "cyrillic": (["ISO_IR 144"], "Люкceмбypг"),
+    "turkish": (["ISO_IR 148"], "Öztürk^Işıl"),
+    "thai": (["ISO_IR 166"], "สมชาย^ใจดี"),
+    "japanese": (["ISO 2022 IR 13", "ISO 2022 IR 87"], "ﾔﾏﾀﾞ^ﾀﾛｳ=山田^太郎=やまだ^たろう"),
+    "korean": (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동"),
+    "chinese": (["GB18030"], "Wang^XiaoDong=王^小东"),
+    "utf-8": (["ISO_IR 192"], "Wang^XiaoDong=王^小東"),
+}
+
+
+@pytest.mark.parametrize(("charset", "name"), NAMES.values(), ids=NAMES)
+def test_names_arrive_at_another_reader(tmp_path: Path, charset: list[str], name: str) -> None:
+    """dcmtk reads the name in UTF-8, and dciodvfy finds nothing."""
+    source = read_source(write(tmp_path, [ct_header(SpecificCharacterSet=charset, PatientName=name)]))
+    path = tmp_path / "report.dcm"
+    path.write_bytes(content_of(source))
+
+    dump = subprocess.run(["dcmdump", "+P", "0010,0010", path], capture_output=True, check=True)
+
+    assert f"[{name}]" in dump.stdout.decode("utf-8")
+    assert unexpected(path.read_bytes(), source) == []
+
+
+def test_dsrdump_reads_the_whole_document(body: SourceStudy, tmp_path: Path) -> None:
+    """dcmtk parses the tree without a warning of its own, and shows the impression."""
+    path = tmp_path / "report.dcm"
+    path.write_bytes(content_of(body, list(Flag)))
+
+    dump = subprocess.run(["dsrdump", "+Pl", path], capture_output=True, check=True, text=True)
+
+    complaints = [line for line in dump.stderr.splitlines() if "ISO_IR 192" not in line]
+    assert complaints == []
+    assert "UNVERIFIED machine output, not for diagnosis. RANDOM WEIGHTS" in dump.stdout
+
+
+def pixelmed(path: Path) -> tuple[list[str], str]:
+    """Errors and unexpected warnings of PixelMed's validator, and all it said; its exit status is always 0."""
+    if not PIXELMED.exists() or shutil.which("java") is None:
+        pytest.skip("PixelMed's validator is not installed: apt-get install libpixelmed-java default-jre-headless")
+    run = subprocess.run([*JAVA, str(path)], capture_output=True, text=True, check=False, timeout=300)
+    said = run.stdout + run.stderr
+    lines = said.splitlines()
+    complaints = [line for line in lines if line.startswith(("Error", "Warning")) and not PIXELMED_WARNINGS.match(line)]
+    return complaints, said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("sop_class", list(SrSopClass))
+def test_the_template_is_valid_for_pixelmed(body: SourceStudy, tmp_path: Path, sop_class: SrSopClass) -> None:
+    """TID 1500 in each SOP class, with every flag and a predecessor."""
+    earlier = PriorDocument("1.2.840.10008.5.1.4.1.1.88.34", "2.25.501", "2.25.500", body.study_uid)
+    run = RunIdentity(RUN.analysis_key, RUN.content_time, "0.1.0", predecessors=(earlier,), revision_note="Later.")
+    path = tmp_path / "report.dcm"
+    path.write_bytes(content_of(body, list(Flag), sop_class, run))
+
+    complaints, said = pixelmed(path)
+
+    assert complaints == []
+    assert "Found Root Template TID_1500" in said
+    assert "IOD validation complete" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_pixelmed_finds_what_is_wrong(body: SourceStudy, tmp_path: Path) -> None:
+    """The check above can fail: a document without device observer UID is an error."""
+    document: Dataset = build_sr(output_for(body), body, ReportSettings(), SrSopClass.COMPREHENSIVE_3D, run=RUN)
+    kept = [item for item in document.ContentSequence if item.ConceptNameCodeSequence[0].CodeValue != "121012"]
+    del document[0x0040A730]
+    document.add_new(0x0040A730, "SQ", kept)
+    path = tmp_path / "report.dcm"
+    path.write_bytes(encode(document))
+
+    complaints, _ = pixelmed(path)
+
+    assert any(line.startswith("Error") for line in complaints)
+
+
+def test_the_head_study_of_another_maker_passes_the_gate() -> None:
+    """Explicit VR, no request, no accession number."""
+    source = read_source(HEAD.glob("*.dcm"))
+
+    assert unexpected(content_of(source), source) == []
+    assert dcmread(HEAD / "001.dcm", stop_before_pixels=True).StudyInstanceUID == source.study_uid
