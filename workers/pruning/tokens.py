@@ -9,6 +9,8 @@ from torch import Tensor
 
 from workers.pruning.finite import require_finite
 
+ROUNDING = 1e-12  # of a float64 sum of shares: ten shares of 0.05 reach 0.5
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reduced:
@@ -79,7 +81,7 @@ def dominant_tokens(received: Tensor, *, tau: float, temperature: float) -> Tens
     if tau >= 1:  # no rounded sum decides what `all of it` means
         return torch.ones_like(received, dtype=torch.bool)
     shares = torch.softmax(received.double() / temperature, dim=-1)
-    return highest_until(shares, tau)
+    return highest_until(shares, tau - ROUNDING)
 
 
 def highest_until(shares: Tensor, tau: float) -> Tensor:
