@@ -152,7 +152,9 @@ def _store(
     findings = gate.check(
         content,
         evidence={
-            one.sop_instance_uid for one in output.retention.sources if source.instance(one.sop_instance_uid) is not None
+            one.sop_instance_uid
+            for one in output.retention.sources
+            if source.instance(one.sop_instance_uid) is not None
         },
         verbatim={source.study_uid, *(one.sop_instance_uid for one in source.instances)},
     )

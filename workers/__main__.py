@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from service.shared.log import set_up_logging
 from service.shared.settings import ConfigurationError, load
@@ -34,14 +35,44 @@ def worker(config: ConfigOption = None) -> None:
 
 
 @app.command()
+def golden(folder: Annotated[Path, typer.Argument(help="Laid out as tests/golden/README.md says.")]) -> None:
+    """Compare the hosts and both pruning stages with recorded outputs; exit 1 where a tolerance is passed."""
+    from workers import golden as checks
+
+    try:
+        differences = checks.check(folder)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from error
+    raise SystemExit(checks.print_table(differences, Console()))
+
+
+@app.command()
 def phantom(
-    seed: Annotated[int, typer.Option(min=0, help="The phantom; the same seed gives the same study.")],
-    out: Annotated[Path, typer.Option(help="Folder for the CT series; must not exist yet.")],
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same study.")],
+    out: Annotated[Path, typer.Option(help="Folder for the series; truth.json beside it says what is in it.")],
+    thin: Annotated[bool, typer.Option("--thin", help="1.25 mm slices instead of 5 mm.")] = False,
 ) -> None:
     """Write a generated chest CT with known findings as a DICOM series that any PACS takes."""
-    from workers.demo_model.dicom_series import write_phantom
+    from workers.demo_model.dicom_series import write_series, write_truth
+    from workers.demo_model.phantom import THICK, THIN, generate
 
-    typer.echo(write_phantom(seed, out))
+    if out.exists() and any(out.iterdir()):
+        typer.echo(f"error: {out} is not empty; two series in one folder would be sent as one study", err=True)
+        raise SystemExit(2)
+    made = generate(seed, THIN if thin else THICK)
+    files = write_series(made, out)
+    truth = out.with_name(f"{out.name}.truth.json")
+    write_truth(made, truth)
+    typer.echo(f"{len(files)} instances in {out}; what is in them: {truth}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train the demonstration model on phantoms; --help lists the stages."""
+    from workers.demo_model.train import main as run
+
+    raise SystemExit(run(context.args))
 
 
 def main() -> None:
