@@ -536,12 +536,14 @@ def requeue_delivery(session: Session, delivery_id: int, *, now: datetime, actor
     )
     if changed:
         delivery = session.get_one(Delivery, delivery_id, populate_existing=True)
+        study_id, analysis_id = _analysed(session, delivery.result_id)
         audit.append(
             session,
             AuditKind.DELIVERY_REQUEUED,
             now=now,
             actor=actor,
-            **_analysed(session, delivery.result_id),
+            study_id=study_id,
+            analysis_id=analysis_id,
             result_id=delivery.result_id,
             delivery_id=delivery_id,
             destination=delivery.destination,
@@ -625,12 +627,14 @@ def _close_delivery(
         .values(attempts=delivery.attempts + 1, **values),
     )
     if changed:
+        study_id, analysis_id = _analysed(session, delivery.result_id)
         audit.append(
             session,
             kind,
             now=now,
             actor=actor,
-            **_analysed(session, delivery.result_id),
+            study_id=study_id,
+            analysis_id=analysis_id,
             result_id=delivery.result_id,
             delivery_id=delivery.id,
             destination=delivery.destination,
@@ -640,11 +644,11 @@ def _close_delivery(
     return changed
 
 
-def _analysed(session: Session, result_id: int) -> dict[str, int]:
-    """Whose result it is, so that a study's history holds its deliveries."""
+def _analysed(session: Session, result_id: int) -> tuple[int, int]:
+    """The study and the analysis of a result, so that a study's history holds its deliveries."""
     row = session.execute(
         select(Analysis.study_id, Analysis.id)
         .join(Result, Result.analysis_id == Analysis.id)
         .where(Result.id == result_id)
     ).one()
-    return {"study_id": row.study_id, "analysis_id": row.id}
+    return row.study_id, row.id
