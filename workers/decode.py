@@ -112,7 +112,8 @@ def decode(
 ) -> Decoded:
     """Decode every frame that can be decoded; all must measure `rows` x `columns`.
 
-    timeout_s: for all frames together; DecoderFault when it passes. memory_bytes: address space of the child.
+    timeout_s: for all frames together; DecoderFault when it passes. memory_bytes: what the child may
+    take beside its own code.
     command: what to start instead of this module, for tests.
     """
     require_size(len(frames), rows, columns)
@@ -209,7 +210,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     frames = request["frames"]
     _limit(resource.RLIMIT_CORE, 0)  # a core dump would hold a patient's images
-    _limit(resource.RLIMIT_AS, request["memory_bytes"])
+    _limit(resource.RLIMIT_AS, _address_space_bytes() + request["memory_bytes"])
     _limit(resource.RLIMIT_CPU, request["cpu_s"])  # ends a child whose parent was killed while it hung
     _answer(ready=True)
     opened: tuple[str, Dataset] | None = None
@@ -233,6 +234,11 @@ def main() -> None:
 def _answer(**values: object) -> None:
     sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()
+
+
+def _address_space_bytes() -> int:
+    """What Python and the decoders take before any image is read."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def _limit(kind: int, value: int) -> None:

@@ -211,5 +211,7 @@ def _modality(members: Sequence[InstanceHeader]) -> str:
 
 def _label(members: Sequence[InstanceHeader]) -> str:
     """What a radiologist calls the series; descriptions are left out, they are free text."""
+    if not members[0].series_uid:
+        return "objects without a series"
     number = members[0].series_number
     return "a series without a number" if number is None else f"series {number}"

@@ -234,23 +234,23 @@ def _remarks(
         notes.append(f"Slices are missing: {', '.join(places)}{more}, where {spacing_mm(positions):.1f} mm is usual.")
     if faults:
         flags.append(Flag.UNREADABLE_SLICES)
-        notes.append(f"{len(faults)} of {len(stack.slices)} slices could not be decoded: {_listed(faults.values())}.")
+        notes.append(f"{_count(len(faults), 'image')} could not be decoded: {_listed(faults.values())}.")
     repeated = sum(len(entry.headers) - 1 for entry in stack.slices)
     if repeated or stack.other_volumes:
         flags.append(Flag.DUPLICATE_POSITIONS)
     if stack.other_volumes:
         notes.append(
-            f"The series holds several volumes at the same positions; one was read, "
-            f"{len(stack.other_volumes)} images of the others were not."
+            "The series holds several volumes at the same positions; one was read. "
+            f"Not read: {_count(len(stack.other_volumes), 'image')} of the others."
         )
     if repeated:
-        notes.append(f"{repeated} images lie at the position of another one; one per position was used.")
+        notes.append(f"One image per position was used; not used: {_count(repeated, 'image')} at the same positions.")
     if stack.tilt_deg > TILT_DEG:
         flags.append(Flag.GANTRY_TILT)
         notes.append(f"The slices are tilted by {stack.tilt_deg:.1f} degrees against their stack; not corrected.")
     if stack.left_out:
         reasons = _listed(reason for _, reason in stack.left_out)
-        notes.append(f"{len(stack.left_out)} objects of the series are not part of the stack: {reasons}.")
+        notes.append(f"Not part of the stack: {_count(len(stack.left_out), 'object')} of the series ({reasons}).")
     if not turn.is_identity:
         notes.append("The images were turned into the standard orientation before they were read.")
     if any(header.compressed_with_loss for header in used):
@@ -262,6 +262,10 @@ def _between(above: InstanceHeader, below: InstanceHeader, index: int) -> str:
     if above.instance_number is None or below.instance_number is None or above.frame_number is not None:
         return f"after slice {index + 1}"
     return f"between images {above.instance_number} and {below.instance_number}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _listed(reasons: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import struct
 import sys
 import tempfile
@@ -171,17 +172,51 @@ def test_code_stream_that_claims_a_huge_image_is_not_decoded(tmp_path: Path, syn
 
 @pytest.mark.hostile
 def test_memory_of_the_child_is_limited(tmp_path: Path) -> None:
-    """A file larger than the child's memory is unreadable; the next one is read."""
+    """A file that needs more than the decoder's memory is unreadable; the next one is read."""
     big = PhantomSeries(slices=1).datasets()[0]
     big.PixelData = bytes(400 * 2**20)
     big_path = tmp_path / "big.dcm"
     big.save_as(big_path, enforce_file_format=True)
     small_path = PhantomSeries(slices=1).write(tmp_path)[0]
 
-    found = decoded([big_path, small_path], memory_bytes=500 * 2**20)
+    found = decoded([big_path, small_path], memory_bytes=300 * 2**20)
 
     assert found.faults == {0: "pixel data could not be decoded (MemoryError)"}
     assert found.stored[1].any()
+
+
+@pytest.mark.hostile
+def test_damaged_files_cost_only_themselves(tmp_path: Path) -> None:
+    """Two hundred files with random bytes changed or cut off are decoded or explained; the good ones are decoded."""
+    chance = random.Random(2)
+    paths = []
+    for syntax in ("1.2.840.10008.1.2.1", JPEG2000Lossless, JPEGLSLossless, RLELossless):
+        good = PhantomSeries(slices=1, transfer_syntax=syntax).write(tmp_path / syntax)[0]
+        content = good.read_bytes()
+        for number in range(50):
+            damaged = bytearray(content[: chance.choice((len(content), chance.randrange(1000, len(content))))])
+            for _ in range(chance.randrange(1, 20)):
+                damaged[chance.randrange(132, len(damaged))] = chance.randrange(256)
+            paths.append(tmp_path / syntax / f"{number}.dcm")
+            paths[-1].write_bytes(damaged)
+        paths.append(good)
+
+    found = decoded(paths)
+
+    assert not {50, 101, 152, 203} & set(found.faults)
+    assert np.array_equal(found.stored[50], found.stored[203])
+    assert len(found.faults) > 100
+
+
+def test_folder_called_dl_in_the_working_directory_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """python-gdcm imports `dl`, so the child must not look for modules where it happens to run."""
+    (tmp_path / "dl.py").write_text("raise SystemExit('not this one')")
+    paths = PhantomSeries(slices=1).write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    assert decoded(paths).faults == {}
 
 
 def child(behaviour: str) -> list[str]:

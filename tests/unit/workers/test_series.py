@@ -99,14 +99,15 @@ def test_every_series_that_does_not_fit_has_its_reason() -> None:
 
 def test_reasons_of_all_series_stand_in_the_refusal() -> None:
     """Where none fits, series with the same reason stand together."""
-    headers = [*series(1, 2), *series(2, 2), *series(3, modality="US"), *series(4, 1, readable=False)]
+    headers = [*series(1, 2), *series(2, 2), *series(3, modality="US"), InstanceHeader(Path("text"), readable=False)]
 
     with pytest.raises(Refusal) as refused:
         choose(headers, SETTINGS)
 
     assert refused.value.reason == (
-        "no series can be read: series 1, series 2: 2 slices at distinct positions, series.min_slices asks for 8; "
-        "series 3: modality US is not read (series.modality: CT, MR); series 4: not readable as DICOM"
+        "no series can be read: objects without a series: not readable as DICOM; "
+        "series 1, series 2: 2 slices at distinct positions, series.min_slices asks for 8; "
+        "series 3: modality US is not read (series.modality: CT, MR)"
     )
 
 
