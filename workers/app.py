@@ -98,8 +98,8 @@ def build_app(settings: Settings) -> Celery:
 
 def run_worker(settings: Settings) -> None:
     """Serve the queue in the foreground until SIGTERM, which lets the running task finish."""
-    arguments = ["worker", "--loglevel", settings.log.level, "--queues", settings.queue.name]
-    arguments += ["--quiet", "--hostname", f"medpruner-{os.getpid()}@%h", "--without-gossip", "--without-mingle"]
+    arguments = ["--quiet", "worker", "--loglevel", settings.log.level, "--queues", settings.queue.name]
+    arguments += ["--hostname", f"medpruner-{os.getpid()}@%h", "--without-gossip", "--without-mingle"]
     build_app(settings).worker_main(arguments)
 
 
