@@ -1,22 +1,25 @@
 """One log line per event, text or JSON, with what could name a patient scrubbed out.
 
 Exceptions of pydicom, pynetdicom and Celery quote values, so an exception is logged by its class and the places it
-came through, never by its text.
+came through, never by its text; also one that ends a thread or the process.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, MutableMapping
+from types import TracebackType
 from typing import Any
 
 import structlog
 
 from service.shared.settings import LogSettings
 
-QUIET_LOGGERS = ("pynetdicom", "pydicom", "highdicom", "PIL", "urllib3", "transformers", "alembic")
+# Their warnings quote data sets; what matters of theirs is logged by us, in our words.
+QUIET_LOGGERS = ("pynetdicom", "pydicom", "highdicom", "py.warnings", "PIL", "urllib3", "transformers", "alembic")
 
 
 def set_up_logging(settings: LogSettings, *, role: str) -> None:
@@ -44,12 +47,13 @@ def set_up_logging(settings: LogSettings, *, role: str) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
+    handler.addFilter(_is_fit)
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.level)
-    for name in QUIET_LOGGERS:
-        # WARNING of these libraries quotes data sets; what matters of theirs is logged by us, in our words
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.captureWarnings(True)
+    sys.excepthook = _log_unhandled
+    threading.excepthook = _log_unhandled_in_thread
     structlog.contextvars.bind_contextvars(role=role)
 
 
@@ -58,6 +62,28 @@ def explain_exception(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     places = " < ".join(f"{frame.name} ({frame.filename.rsplit('/', 1)[-1]}:{frame.lineno})" for frame in frames[::-1])
     return f"{type(error).__name__} in {places}" if places else type(error).__name__
+
+
+def _is_fit(record: logging.LogRecord) -> bool:
+    """On the handler, not as levels of the loggers: pydicom sets the level of its own when it is imported."""
+    return record.levelno >= logging.ERROR or not any(
+        record.name == name or record.name.startswith(f"{name}.") for name in QUIET_LOGGERS
+    )
+
+
+def _log_unhandled(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, Exception):  # Ctrl-C
+        sys.__excepthook__(kind, error, trace)
+        return
+    structlog.get_logger(__name__).critical("unhandled_exception", error=explain_exception(error))
+
+
+def _log_unhandled_in_thread(ended: threading.ExceptHookArgs) -> None:
+    if isinstance(ended.exc_value, Exception):
+        name = ended.thread.name if ended.thread else None
+        structlog.get_logger(__name__).critical(
+            "unhandled_exception", thread=name, error=explain_exception(ended.exc_value)
+        )
 
 
 def _scrub_exception(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
