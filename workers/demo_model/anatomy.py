@@ -197,7 +197,7 @@ def _draw_vessels(random: np.random.Generator, lungs: tuple[Lung, Lung]) -> Vess
         direction = aim - start
         direction /= np.linalg.norm(direction, axis=1, keepdims=True)
         length = random.uniform(22, 34, trunks)
-        radius = random.uniform(2.2, 4.0, trunks)
+        radius = random.uniform(1.8, 3.2, trunks)
         for _ in range(5):
             end = start + direction * length[:, None]
             starts.append(start)

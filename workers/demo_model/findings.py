@@ -144,9 +144,7 @@ def _draw_pneumothorax(random: np.random.Generator) -> Pneumothorax:
     return Pneumothorax(_draw_side(random), extent, random.uniform(*COLLAPSE[extent]))
 
 
-def _draw_consolidation(
-    chest: Chest, random: np.random.Generator, taken: set[Side]
-) -> tuple[Consolidation, ...]:
+def _draw_consolidation(chest: Chest, random: np.random.Generator, taken: set[Side]) -> tuple[Consolidation, ...]:
     free = [side for side in Side if side not in taken]
     if not free:
         return ()
@@ -192,9 +190,7 @@ def _draw_place(chest: Chest, side: Side, random: np.random.Generator) -> tuple[
     return x, y, share * lung.height_mm, share
 
 
-def _draw_nodule(
-    chest: Chest, random: np.random.Generator, found: Findings, others: list[Nodule]
-) -> Nodule | None:
+def _draw_nodule(chest: Chest, random: np.random.Generator, found: Findings, others: list[Nodule]) -> Nodule | None:
     diameter = float(np.exp(random.uniform(*np.log(NODULE_DIAMETERS_MM))))
     solid = bool(random.random() < 0.6)
     for _ in range(80):

@@ -46,7 +46,9 @@ def _air(grid: Grid) -> Floats:
     return np.full((len(grid.z_mm), len(grid.y_mm), len(grid.x_mm)), AIR_HU, np.float32)
 
 
-def _blob(hu: Floats, grid: Grid, centre: tuple[float, float, float], radii: tuple[float, float, float], value: float) -> None:
+def _blob(
+    hu: Floats, grid: Grid, centre: tuple[float, float, float], radii: tuple[float, float, float], value: float
+) -> None:
     """An ellipsoid."""
     x = (grid.x_mm - np.float32(centre[0]))[None, None, :] / np.float32(radii[0])
     y = (grid.y_mm - np.float32(centre[1]))[None, :, None] / np.float32(radii[1])

@@ -47,7 +47,9 @@ class Grid:
         return float(self.x_mm[1] - self.x_mm[0])
 
 
-def square_grid(z_mm: Floats, slice_mm: float, pixels: int, field_of_view_mm: float, offset_mm: tuple[float, float]) -> Grid:
+def square_grid(
+    z_mm: Floats, slice_mm: float, pixels: int, field_of_view_mm: float, offset_mm: tuple[float, float]
+) -> Grid:
     """A square field of view around (x, y) = offset."""
     step = field_of_view_mm / pixels
     centres = ((np.arange(pixels) + 0.5) * step - field_of_view_mm / 2).astype(np.float32)
@@ -63,9 +65,7 @@ def render(chest: Chest, findings: Findings, grid: Grid, seed: int) -> tuple[Flo
     return in_chunks(grid, draw)
 
 
-def in_chunks(
-    grid: Grid, draw: Callable[[Grid], tuple[Floats, NDArray[np.uint8]]]
-) -> tuple[Floats, NDArray[np.uint8]]:
+def in_chunks(grid: Grid, draw: Callable[[Grid], tuple[Floats, NDArray[np.uint8]]]) -> tuple[Floats, NDArray[np.uint8]]:
     """Run a painter over the stack, CHUNK_SLICES at a time."""
     shape = (len(grid.z_mm), len(grid.y_mm), len(grid.x_mm))
     hu, mask = np.empty(shape, np.float32), np.zeros(shape, np.uint8)
@@ -262,7 +262,9 @@ def _paint_mediastinum(hu: Floats, chest: Chest, grid: Grid) -> Floats:
     height = chest.height_mm
     share_z = grid.z_mm / height
     a = np.interp(share_z, (0, 0.45, 0.75, 1.1), (22, 34, 27, 30)).astype(np.float32)[:, None, None]
-    b = (np.interp(share_z, (0, 0.8, 1.1), (0.8, 0.85, 0.55)) * chest.left.half_depth_mm).astype(np.float32)[:, None, None]
+    b = (np.interp(share_z, (0, 0.8, 1.1), (0.8, 0.85, 0.55)) * chest.left.half_depth_mm).astype(np.float32)[
+        :, None, None
+    ]
     column = soft(ellipse(grid, 0, 4, a, b), grid.pixel_mm) * _between(grid, -60, 1.25 * height)
     paint(hu, 10.0, column)
     heart = heart_of(chest)
@@ -328,11 +330,15 @@ def _paint_bones(hu: Floats, chest: Chest, grid: Grid, lungs: dict[Side, Floats]
     paint(block, 200.0, soft(canal + 4, grid.pixel_mm))
     paint(block, 20.0, soft(canal, grid.pixel_mm))
     front = -min(chest.right.half_depth_mm, chest.left.half_depth_mm) - 7
-    share = soft(ellipse(grid, 0, front, 17, 6), grid.pixel_mm) * _between(grid, 0.3 * chest.height_mm, 0.88 * chest.height_mm)
+    share = soft(ellipse(grid, 0, front, 17, 6), grid.pixel_mm) * _between(
+        grid, 0.3 * chest.height_mm, 0.88 * chest.height_mm
+    )
     paint(hu, 170.0, share)
     slope = (grid.y_mm[None, :, None] - chest.spine_y_mm) * np.float32(-0.55)
     phase = ((grid.z_mm[:, None, None] + slope) / np.float32(chest.rib_spacing_mm) + np.float32(chest.rib_phase)) % 1
-    thick = soft((np.float32(0.22) - np.abs(phase - np.float32(0.5))) * np.float32(chest.rib_spacing_mm), max(grid.slice_mm, 2.0))
+    thick = soft(
+        (np.float32(0.22) - np.abs(phase - np.float32(0.5))) * np.float32(chest.rib_spacing_mm), max(grid.slice_mm, 2.0)
+    )
     for side in Side:
         lung = chest.lung(side)
         width = taper(lung, np.clip(grid.z_mm / lung.height_mm, 0, 0.97)[:, None, None])
@@ -373,13 +379,13 @@ def _paint_ball(
 
 
 def _vessel_points(chest: Chest, random: np.random.Generator, whole: Grid) -> tuple[Floats, float]:
-    """Random points inside the vessels, sorted by z, about eight per voxel of vessel; and the mm³ of each."""
+    """Random points inside the vessels, sorted by z, about twenty-five per voxel of vessel; and the mm³ of each."""
     vessels = chest.vessels
     lengths = np.linalg.norm(vessels.ends - vessels.starts, axis=1)
     volumes = np.pi * vessels.radii_mm**2 * lengths
     voxel = whole.pixel_mm**2 * max(whole.slice_mm, whole.pixel_mm)
     total = float(volumes.sum())
-    number = int(np.clip(total / voxel * 8, 20_000, 3_000_000))
+    number = int(np.clip(total / voxel * 25, 20_000, 3_000_000))
     counts = np.maximum((volumes / total * number).astype(int), 1)
     piece = np.repeat(np.arange(len(counts)), counts)
     along = random.random(len(piece), np.float32)[:, None]

@@ -51,9 +51,7 @@ def read(text: str) -> Labels:
         consolidation=_read_consolidation(words),
         pneumothorax=_read_pneumothorax(words),
         cardiomegaly="is enlarged" in words or re.search(r"(?<!no )cardiomegaly", words) is not None,
-        calcification=re.search(
-            r"(?<!no )(?:aortic (?:wall )?calcifications?|calcified plaques)", words
-        ) is not None,
+        calcification=re.search(r"(?<!no )(?:aortic (?:wall )?calcifications?|calcified plaques)", words) is not None,
     )
 
 

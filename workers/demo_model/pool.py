@@ -1,0 +1,85 @@
+"""A pool of rendered scenes for training: each is scanned several times with fresh noise, then replaced.
+
+Everything is drawn from (seed, rank, step), so that a run that is stopped and taken up again goes on with new data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.demo_model.channels import ct_images, mr_images
+from workers.demo_model.labels import Labels
+from workers.demo_model.phantom import Modality, Protocol, Scene, build, draw_kind, scan
+from workers.demo_model.targets import Targets, targets_of
+
+PATCHES_PER_SIDE, TOKENS_PER_SIDE = 12, 6
+TRAINING_SEEDS = 1_000_000_000  # seeds from here on are for training; those below are never trained on
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """One scene and its dense targets on both grids."""
+
+    scene: Scene
+    patches: Targets
+    tokens: Targets
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One scanned study. images: (S, P, P, 3) uint8."""
+
+    images: NDArray[np.uint8]
+    member: Member
+
+    @property
+    def labels(self) -> Labels:
+        return self.member.scene.labels
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """What the scenes are like. `nodules`: how many at most are tried in each chest; None for the ordinary share."""
+
+    size: int = 160
+    fresh: int = 2  # scenes replaced per batch
+    other_share: float = 0.12
+    nodules: int | None = 5
+
+
+def examples(seed: int, rank: int, first_step: int, batch: int, mixture: Mixture) -> Iterator[list[Example]]:
+    """Batches without end, beginning at `first_step`."""
+    counter = TRAINING_SEEDS + ((seed * 64 + rank) * 10_000_000) + first_step * mixture.fresh * 2
+    random = np.random.default_rng((seed, rank, first_step))
+    members: list[Member] = []
+    while True:
+        wanted = mixture.fresh if len(members) >= min(mixture.size, batch * 3) else batch
+        for _ in range(wanted):
+            counter += 1
+            members.append(_member(counter, random, mixture))
+        del members[: max(0, len(members) - mixture.size)]
+        chosen = random.choice(len(members), size=min(batch, len(members)), replace=False)
+        yield [expose(members[index], random) for index in chosen]
+
+
+def expose(member: Member, random: np.random.Generator) -> Example:
+    """Scan a scene once more."""
+    phantom = scan(member.scene, random)
+    images = ct_images(phantom.values) if phantom.modality is Modality.CT else mr_images(phantom.values)
+    return Example(images, member)
+
+
+def member_of(scene: Scene) -> Member:
+    phantom = scan(scene, np.random.default_rng(0))
+    return Member(scene, targets_of(phantom, PATCHES_PER_SIDE), targets_of(phantom, TOKENS_PER_SIDE))
+
+
+def _member(seed: int, random: np.random.Generator, mixture: Mixture) -> Member:
+    body, modality = draw_kind(random, mixture.other_share)
+    protocol = Protocol(120, slices=int(random.integers(20, 25)) if random.random() < 0.3 else 24)
+    many = None if mixture.nodules is None else int(random.integers(0, mixture.nodules + 1))
+    return member_of(build(seed, protocol, body=body, modality=modality, nodules=many))

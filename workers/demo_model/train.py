@@ -1,0 +1,65 @@
+"""`./run train`: all stages, resumable; see the model card for what was run.
+
+python -m workers.demo_model.train vision --folder var/train --steps 4000 --processes 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workers.demo_model.train_decoder import DecoderPlan, train_decoder
+from workers.demo_model.train_vision import VisionPlan, train_vision
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="train")
+    parser.add_argument("stage", choices=("vision", "decoder"))
+    parser.add_argument("--folder", type=Path, default=Path("var/train"))
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--decay-from", type=float)
+    parser.add_argument("--short", type=int, help="decoder: steps with short readings")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--port", type=int, default=29517)
+    options = parser.parse_args(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.processes > 1:
+        torch.multiprocessing.spawn(_work, (options,), nprocs=options.processes)
+    else:
+        _work(0, options)
+    return 0
+
+
+def _work(rank: int, options: argparse.Namespace) -> None:
+    """One process of the training; torch uses one thread, which is the fastest for so small a model."""
+    torch.set_num_threads(1)
+    if options.processes > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{options.port}", rank=rank, world_size=options.processes
+        )
+    given: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("seed", "steps", "rate", "decay_from", "short")
+        if getattr(options, name, None) is not None
+    }
+    if options.stage == "vision":
+        train_vision(options.folder, VisionPlan(**given), rank=rank, processes=options.processes, say=_say)
+    else:
+        train_decoder(options.folder, DecoderPlan(**given), rank=rank, processes=options.processes, say=_say)
+    if options.processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""First stage of training: the vision tower and the projector learn what each patch shows.
+
+Linear heads on the patches and on the projected tokens are thrown away afterwards. Several processes share the work
+on a machine without GPU; each makes its own phantoms and gradients are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import SiglipVisionModel
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
+
+from workers.demo_model.architecture import config, start_vision, vision_config
+from workers.demo_model.optimise import Optimisers, Schedule, average_gradients
+from workers.demo_model.phantom import SLABS, build, draw_kind
+from workers.demo_model.pool import (
+    PATCHES_PER_SIDE,
+    TOKENS_PER_SIDE,
+    Example,
+    Mixture,
+    examples,
+    expose,
+    member_of,
+)
+from workers.demo_model.targets import SIGNS, Sign
+from workers.demo_model.words import IMAGE_TOKENS, vocabulary
+from workers.pruning.groups import blocks
+
+SIGN_WEIGHTS = {Sign.NODULE: 12.0, Sign.SOLID: 4.0, Sign.CALCIFICATION: 4.0, Sign.ENLARGED: 2.0, Sign.SUPPORTED: 0.5}
+POSITIVE_WEIGHTS = {Sign.NODULE: 4.0, Sign.CALCIFICATION: 4.0}
+
+
+@dataclass(frozen=True, slots=True)
+class VisionPlan:
+    """How long and how hard. steps is the end of the schedule; the rate falls linearly to zero over its last part."""
+
+    seed: int = 0
+    steps: int = 4000
+    studies: int = 9  # per step and process
+    slabs: int = 18  # of each study
+    cells: int = 14  # of the 36 of each slab, until `full_from`
+    full_from: float = 0.85  # share of the steps after which every cell is encoded
+    rate: float = 2e-3
+    decay_from: float = 0.6
+    held_out: int = 160  # studies to watch the training by
+
+
+class Eyes(nn.Module):
+    """Tower, projector and the two heads."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.tower = SiglipVisionModel(vision_config())
+        self.projector = Gemma3MultiModalProjector(config(vocabulary(), IMAGE_TOKENS))
+        start_vision(self.tower, self.projector, torch.Generator().manual_seed(seed))
+        width, text_width = self.projector.mm_input_projection_weight.shape
+        self.patch_head = nn.Linear(width, SIGNS + 1)
+        self.token_head = nn.Linear(text_width, SIGNS + 1)
+
+    def forward(self, pixels: Tensor, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """pixels (N, 3, P, P) in -1..1 to logits per patch (N, 4k, SIGNS + 1) and per token (N, k, SIGNS + 1).
+
+        cells: (N, k) which tokens' patches to encode at all, the four patches of a token one after the other; None
+        for every token, with the patches row by row.
+        """
+        if cells is None:
+            patches = self.tower(pixels).last_hidden_state
+            return self.patch_head(patches), self.token_head(self.projector(patches))
+        embedded = self.tower.embeddings(pixels)
+        embedded = embedded.gather(1, patches_of(cells)[..., None].expand(-1, -1, embedded.shape[-1]))
+        patches = self.tower.post_layernorm(self.tower.encoder(inputs_embeds=embedded).last_hidden_state)
+        pooled = self.projector.mm_soft_emb_norm(patches.unflatten(1, (-1, 4)).mean(dim=2))
+        return self.patch_head(patches), self.token_head(pooled @ self.projector.mm_input_projection_weight)
+
+    def tokens(self, pixels: Tensor) -> Tensor:
+        return self.projector(self.tower(pixels).last_hidden_state)
+
+
+def patches_of(cells: Tensor) -> Tensor:
+    """(N, k) cells of the token grid to the (N, 4k) patches that they pool."""
+    return blocks(PATCHES_PER_SIDE, PATCHES_PER_SIDE, PATCHES_PER_SIDE // TOKENS_PER_SIDE)[cells].flatten(1)
+
+
+def choose_cells(tokens: list[Tensor], count: int, random: np.random.Generator) -> Tensor:
+    """(N, count) cells worth learning from: lesions first, then lung, then the rest of the body."""
+    present, weight, _ = tokens
+    lesions = [Sign.NODULE, Sign.EFFUSION, Sign.CONSOLIDATION, Sign.PNEUMOTHORAX, Sign.CALCIFICATION]
+    score = torch.from_numpy(random.random(present.shape[:2]).astype(np.float32))
+    score += 3 * present[..., Sign.NODULE] + 2 * (1 - weight[..., Sign.NODULE])
+    score += 0.5 * present[..., lesions].amax(-1) + 0.6 * present[..., Sign.LUNG] + 0.4 * present[..., Sign.BODY]
+    return score.topk(count, dim=1).indices
+
+
+def at(targets: list[Tensor], places: Tensor) -> list[Tensor]:
+    """The targets (N, n, ...) of some places (N, k)."""
+    rows = torch.arange(len(places))[:, None]
+    return [target[rows, places] for target in targets]
+
+
+def to_pixels(images: NDArray[np.uint8]) -> Tensor:
+    """(S, P, P, 3) uint8 to (S, 3, P, P) float32 in -1..1, as the model's image processor scales them."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+
+
+def dense_loss(logits: Tensor, present: Tensor, weight: Tensor, log_diameter: Tensor) -> Tensor:
+    """Weighted cross entropy of all signs plus the squared error of the nodules' logarithmic diameter."""
+    importance = torch.ones(SIGNS)
+    positive = torch.ones(SIGNS)
+    for sign, value in SIGN_WEIGHTS.items():
+        importance[sign] = value
+    for sign, value in POSITIVE_WEIGHTS.items():
+        positive[sign] = value
+    entropy = functional.binary_cross_entropy_with_logits(
+        logits[..., :SIGNS], present, weight * importance, pos_weight=positive, reduction="sum"
+    )
+    cells = present[..., 0].numel()
+    nodule = present[..., Sign.NODULE]
+    size = ((logits[..., SIGNS] - (log_diameter - 2.3)) ** 2 * nodule).sum() / nodule.sum().clamp(min=1)
+    return entropy / cells + 0.3 * size
+
+
+def batch_of(
+    chosen: list[Example], slabs: int, random: np.random.Generator
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Pixels and targets of some slabs of each study; slabs with lung are taken first."""
+    images, patches, tokens = [], [], []
+    for example in chosen:
+        lung = example.member.tokens.present[..., Sign.LUNG].any(axis=1)
+        order = np.argsort(random.random(len(lung)) - lung * 0.7)[:slabs]
+        images.append(example.images[order])
+        for store, targets in ((patches, example.member.patches), (tokens, example.member.tokens)):
+            store.append((targets.present[order], targets.weight[order], targets.log_diameter[order]))
+    joined = [
+        [torch.from_numpy(np.concatenate(parts)) for parts in zip(*store, strict=True)] for store in (patches, tokens)
+    ]
+    return to_pixels(np.concatenate(images)), joined[0], joined[1]
+
+
+def train_vision(folder: Path, plan: VisionPlan, *, rank: int = 0, processes: int = 1, say: Any = print) -> None:
+    """Train until `plan.steps`, going on from the checkpoint in `folder` when there is one."""
+    eyes = Eyes(plan.seed)
+    optimisers = Optimisers(eyes, plan.rate)
+    checkpoint = folder / "vision.pt"
+    first, seconds = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        eyes.load_state_dict(state["eyes"])
+        optimisers.load_state_dict(state["optimisers"])
+        first, seconds = state["step"], state["cpu_seconds"]
+    schedule = Schedule(plan.rate, plan.steps, plan.decay_from)
+    batches = examples(plan.seed, rank, first, plan.studies, Mixture())
+    random = np.random.default_rng((plan.seed, rank, first, 1))
+    begun, wall, losses = time.process_time(), time.monotonic(), []
+    held_out = held_out_examples(plan.held_out) if rank == 0 else []
+    for step in range(first, plan.steps):
+        pixels, patches, tokens = batch_of(next(batches), plan.slabs, random)
+        cells = choose_cells(tokens, plan.cells, random) if step < plan.full_from * plan.steps else None
+        if cells is not None:
+            patches, tokens = at(patches, patches_of(cells)), at(tokens, cells)
+        on_patches, on_tokens = eyes(pixels, cells)
+        loss = dense_loss(on_patches, *patches) + 0.5 * dense_loss(on_tokens, *tokens)
+        loss.backward()
+        average_gradients(eyes, processes)
+        optimisers.step(schedule.factor(step))
+        losses.append(float(loss.detach()))
+        done = step + 1
+        if rank == 0 and done % 25 == 0:
+            spent = seconds + time.process_time() - begun
+            say(
+                f"vision step {done} loss {np.mean(losses[-25:]):.4f} cpu {spent:.0f} s wall {time.monotonic() - wall:.0f} s"
+            )
+        if rank == 0 and (done % 200 == 0 or done == plan.steps):
+            state = {
+                "eyes": eyes.state_dict(),
+                "optimisers": optimisers.state_dict(),
+                "step": done,
+                "cpu_seconds": seconds + time.process_time() - begun,
+                "plan": asdict(plan),
+            }
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
+        if rank == 0 and (done % 400 == 0 or done == plan.steps):
+            say("held out " + json.dumps(study_scores(eyes, held_out)))
+
+
+def held_out_examples(count: int, first_seed: int = 500_000_000) -> list[Example]:
+    """Ordinary studies that training never sees; for watching the training, not for the figures that are published."""
+    found = []
+    for seed in range(first_seed, first_seed + count):
+        random = np.random.default_rng((seed, 11))
+        body, modality = draw_kind(random, 0.12)
+        found.append(expose(member_of(build(seed, SLABS, body=body, modality=modality)), random))
+    return found
+
+
+@torch.no_grad()
+def study_scores(eyes: Eyes, held_out: list[Example]) -> dict[str, float]:
+    """Area under the ROC curve per finding, each study scored by its highest token."""
+    rows = []
+    for example in held_out:
+        on_patches, on_tokens = eyes(to_pixels(example.images))
+        rows.append(torch.cat([on_patches[..., :SIGNS].amax((0, 1)), on_tokens[..., :SIGNS].amax((0, 1))]).numpy())
+    scores = np.stack(rows)
+    truths = [example.labels for example in held_out]
+    chest = np.asarray([truth.supported for truth in truths])
+    sizes = np.asarray([max((n.diameter_mm for n in truth.nodules), default=0) for truth in truths])
+    none = chest & (sizes == 0)
+    result = {}
+    for name, least, most in (("4-8", 4, 8), ("8-12", 8, 12), ("12-20", 12, 20), ("20-31", 20, 31), (">=8", 8, 99)):
+        some = chest & (sizes >= least) & (sizes < most)
+        result[f"nodule {name}"] = _area(scores[some, Sign.NODULE], scores[none, Sign.NODULE])
+        if name == ">=8":
+            result["token nodule >=8"] = _area(scores[some, SIGNS + Sign.NODULE], scores[none, SIGNS + Sign.NODULE])
+            result["best f1 >=8"] = _best_f1(scores[some, Sign.NODULE], scores[none, Sign.NODULE])
+    for sign, present in (
+        (Sign.EFFUSION, [truth.effusion is not None for truth in truths]),
+        (Sign.CONSOLIDATION, [truth.consolidation is not None for truth in truths]),
+        (Sign.PNEUMOTHORAX, [truth.pneumothorax is not None for truth in truths]),
+        (Sign.CALCIFICATION, [truth.calcification for truth in truths]),
+        (Sign.ENLARGED, [truth.cardiomegaly for truth in truths]),
+    ):
+        yes = np.asarray(present)
+        result[sign.name.lower()] = _area(scores[chest & yes, SIGNS + sign], scores[chest & ~yes, SIGNS + sign])
+    supported = scores[:, SIGNS + Sign.SUPPORTED]
+    result["supported"] = _area(supported[chest], supported[~chest])
+    return {name: round(float(value), 3) for name, value in result.items()}
+
+
+def _area(positive: NDArray[np.float32], negative: NDArray[np.float32]) -> float:
+    return float((positive[:, None] > negative[None, :]).mean()) if positive.size and negative.size else float("nan")
+
+
+def _best_f1(positive: NDArray[np.float32], negative: NDArray[np.float32]) -> float:
+    """With its threshold chosen on the same studies: optimistic."""
+    return max(
+        2 * (positive >= cut).sum() / ((positive >= cut).sum() + (negative >= cut).sum() + len(positive))
+        for cut in positive
+    )
