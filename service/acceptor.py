@@ -251,7 +251,7 @@ class _Association(Association):
         except Exception as error:  # noqa: BLE001  the top of an association's thread
             log.error("association_failed", address=self.address, error=explain_exception(error))
         finally:
-            self.hang_up()
+            self._close()
             self.server.disconnected(self)
             if self.peer is not None:
                 self.server.service.closed(self.peer, self.is_released)
@@ -265,6 +265,16 @@ class _Association(Association):
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:  # closed already
                 return
+
+    def _close(self) -> None:
+        """End the connection and give its descriptor back; pynetdicom leaves that to the garbage collector."""
+        transport = self.dul.socket
+        connection = transport.socket if transport is not None else None
+        self.hang_up()
+        if self.dul.is_alive():
+            self.dul.join(CLOSING_S)
+        if connection is not None:
+            connection.close()
 
     def _serve_request(self, msg: Any, context_id: int) -> None:
         """Every C-STORE-RQ is answered here, whatever it lacks; the rest is pynetdicom's."""

@@ -266,7 +266,8 @@ class Receiver:
         self._acceptor: Acceptor | None = None
         self._open: dict[str, _Tally] = {}  # by association id
         self._lock = Lock()
-        self._stopping = Event()
+        self._stop_asked = False
+        self._stopped = Event()
         self._heart = Thread(target=self._keep_heartbeats_fresh, name="heartbeats", daemon=True)
 
     @property
@@ -312,11 +313,13 @@ class Receiver:
 
     def stop(self, grace_s: float) -> None:
         """Take no new association, let open ones finish for `grace_s` seconds, abort what is left."""
-        if self._acceptor is None:
-            return
+        with self._lock:
+            if self._acceptor is None or self._stop_asked:
+                return
+            self._stop_asked = True
         log.info("receiver_stops", open_associations=len(self._open), grace_s=grace_s)
         aborted = self._acceptor.stop(grace_s)
-        self._stopping.set()
+        self._stopped.set()
         self._heart.join()
         self._spool.release()
         log.info("receiver_stopped", aborted=aborted)
@@ -438,7 +441,7 @@ class Receiver:
         )
 
     def _keep_heartbeats_fresh(self) -> None:
-        while not self._stopping.wait(HEARTBEAT_S):
+        while not self._stopped.wait(HEARTBEAT_S):
             with self._lock:
                 opened = list(self._open)
             for association_id in opened:

@@ -5,6 +5,7 @@ The pynetdicom peer goes below its own checks, so that it can send what no hones
 
 from __future__ import annotations
 
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from pydicom.encaps import encapsulate
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pynetdicom import AE, Association, build_context
+from pynetdicom import AE, Association, build_context, evt
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.pdu import A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import (
@@ -34,6 +35,9 @@ from service.spool import Receipt, Spool
 
 SENDER = "SENDER"
 STUDY_UID = "1.2.826.0.1.3680043.10.1.1"
+
+
+_connections: list[socket.socket] = []  # of our peers: pynetdicom leaves some of its own open
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def running(
         yield Running(receiver, spool, receiver.port)
     finally:
         receiver.stop(grace_s)
+        while _connections:
+            _connections.pop().close()
 
 
 def instance(number: int = 1, *, study_uid: str = STUDY_UID, sop_class_uid: str = CTImageStorage) -> Dataset:
@@ -74,13 +80,13 @@ def instance(number: int = 1, *, study_uid: str = STUDY_UID, sop_class_uid: str 
     dataset.StudyInstanceUID = study_uid
     dataset.SeriesInstanceUID = f"{study_uid}.1"
     dataset.InstanceNumber = number
-    dataset.Rows = dataset.Columns = 16
+    dataset.Rows = dataset.Columns = 64
     dataset.SamplesPerPixel = 1
     dataset.PhotometricInterpretation = "MONOCHROME2"
     dataset.BitsAllocated = dataset.BitsStored = 16
     dataset.HighBit = 15
     dataset.PixelRepresentation = 0
-    dataset.PixelData = struct.pack("<256H", *(number * 256 + place for place in range(256)))
+    dataset.PixelData = struct.pack("<H", number % 65536) * 1024 + bytes(range(256)) * 24
     dataset["PixelData"].VR = "OW"
     return dataset
 
@@ -124,7 +130,12 @@ def associate(
         contexts=[build_context(abstract_syntax, syntaxes) for abstract_syntax, syntaxes in pairs],
         ae_title=called_ae,
         max_pdu=max_pdu_bytes,
+        evt_handlers=[(evt.EVT_CONN_OPEN, _remember_connection)],
     )
+
+
+def _remember_connection(event: evt.Event) -> None:
+    _connections.append(event.assoc.dul.socket.socket)
 
 
 def send(
