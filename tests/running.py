@@ -178,6 +178,7 @@ class Service:
         self.config.write_text(content + "".join(one.as_configuration() for one in pacs) + more)
         self._mark = uuid.uuid4().hex
         self._process: subprocess.Popen[bytes] | None = None
+        self._more: list[subprocess.Popen[bytes]] = []  # workers beside its own
 
     @cached_property
     def settings(self) -> Settings:
@@ -254,6 +255,8 @@ class Service:
             return not self.processes()
 
         wait_for(none_left, "no process of the service is left")
+        for process in self._more:
+            process.wait()
 
     # --- its processes ---
 
@@ -281,6 +284,22 @@ class Service:
         pid = self.process(name)
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: self._process_now(name) not in (0, pid), f"another {name} process", PATIENCE_S)
+
+    def start_worker(self) -> None:
+        """One more worker beside the service's own, which writes to the same log; returns once its model is loaded."""
+        loaded = self.log_text().count("model_loaded")
+        with self.log.open("ab") as log:
+            self._more.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "workers", "worker", "--config", str(self.config)],
+                    cwd=PROJECT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=self._environment(),
+                )
+            )
+        wait_for(lambda: self.log_text().count("model_loaded") > loaded, "one more loaded model", PATIENCE_S)
 
     def _process_now(self, name: str) -> int:
         for pid in children_of(self.pid):
@@ -376,7 +395,7 @@ class Service:
         return False
 
 
-# --- small things ------------------------------------------------------------------------------------------------------
+# --- small things ----------------------------------------------------------------------------------------------------
 
 
 def send(service: Service, *paths: Path) -> None:
