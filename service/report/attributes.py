@@ -165,6 +165,7 @@ _FORMS: dict[str, Callable[[str], str | None]] = {
     "AS": _matching(r"(\d{3}[DWMY])?"),
     "CS": _code_string,
     "DA": _date,
+    "DS": _matching(r"(?=.{0,16}$)([-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?)?"),
     "LO": _string(64),
     "PN": _person_name,
     "SH": _string(16),

@@ -43,6 +43,7 @@ ALGORITHM_VERSION = Code("111003", "DCM", "Algorithm Version")
 ALGORITHM_PARAMETERS = Code("111002", "DCM", "Algorithm Parameters")
 ARTIFICIAL_INTELLIGENCE = Code("123110", "DCM", "Artificial Intelligence")
 ACQUISITION_EQUIPMENT = Code("109101", "DCM", "Acquisition Equipment")
+SOURCE_IMAGE = Code("121322", "DCM", "Source image for image processing operation")
 PROCESSING_EQUIPMENT = Code("109102", "DCM", "Processing Equipment")
 
 # Text

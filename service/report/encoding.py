@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 
-from pydicom import config, dcmwrite
+from pydicom import config, dcmread, dcmwrite
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
@@ -39,12 +39,24 @@ def encode(dataset: Dataset, transfer_syntax_uid: UID = ExplicitVRLittleEndian) 
     return buffer.getvalue()
 
 
-def name_by_content(dataset: Dataset, *parts: str) -> Dataset:
+def name_by_content(
+    dataset: Dataset, *parts: str, transfer_syntax_uid: UID = ExplicitVRLittleEndian
+) -> Dataset:
     """Give `dataset` a SOP Instance UID that is another one whenever any of its bytes is another one."""
     dataset.SOPInstanceUID = _UNNAMED
-    content = hashlib.sha256(encode(dataset)).hexdigest()
+    content = hashlib.sha256(encode(dataset, transfer_syntax_uid)).hexdigest()
     dataset.SOPInstanceUID = derived_uid("instance", *parts, content)
     return dataset
+
+
+def uncompressed(content: bytes) -> bytes:
+    """The same object in explicit VR little endian, for a destination that refuses its transfer syntax.
+
+    The SOP Instance UID stays: only lossless syntaxes are written here, so the pixels are the same.
+    """
+    dataset = dcmread(BytesIO(content))
+    dataset.decompress(as_rgb=False, generate_instance_uid=False)
+    return encode(dataset)
 
 
 @contextmanager

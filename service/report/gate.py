@@ -59,6 +59,14 @@ ALLOWED_WARNINGS: tuple[tuple[re.Pattern[str], str], ...] = (
         "the private scheme 99MEDPRUNER is declared, a site's own scheme is copied from its request",
     ),
     (
+        re.compile(r"Unrecognized defined term <[^>]*> for value 1 of attribute <Body Part Examined>"),
+        "the source's own word, copied as it is",
+    ),
+    (
+        re.compile(r"is only permitted to be empty when actually unknown; .* - attribute <Laterality>"),
+        "the source does not say: it is actually unknown",
+    ),
+    (
         re.compile(r"Attribute is not present in standard DICOM IOD - \(0x0018,0x1002\) UI Device UID"),
         "IHE AI Results asks for Device UID in Contributing Equipment",
     ),

@@ -18,6 +18,15 @@ from service.shared.settings import ReportSettings
 
 MODEL_NAME = "medpruner-pacs"
 _LO_CHARACTERS = 64
+# Defined terms of PS3.16 Annex L that name no paired structure
+_UNPAIRED = frozenset(
+    {
+        "ABDOMEN", "ABDOMENPELVIS", "AORTA", "BLADDER", "BRAIN", "CHEST", "CHESTABDOMEN", "CHESTABDPELVIS", "COLON",
+        "CSPINE", "ESOPHAGUS", "HEAD", "HEADNECK", "HEART", "JAW", "LIVER", "LSPINE", "LSSPINE", "MEDIASTINUM",
+        "NECK", "NECKCHEST", "NECKCHESTABDOMEN", "NECKCHESTABDPELV", "PANCREAS", "PELVIS", "PROSTATE", "SKULL",
+        "SPINE", "SPLEEN", "SSPINE", "STERNUM", "STOMACH", "TLSPINE", "TSPINE", "THYROID", "UTERUS", "WHOLEBODY",
+    }
+)  # fmt: skip
 
 
 def common_header(
@@ -98,6 +107,21 @@ def copy_into(dataset: Dataset, attributes: Checked) -> None:
                 copy_into(item, content)
             element = DataElement(tag, "SQ", items)
         dataset.add(element)
+
+
+def copy_series_of_source(dataset: Dataset, source: SourceStudy) -> None:
+    """Body part, side and frame of reference of the images that `dataset` was derived from.
+
+    Laterality (Type 2C) is absent for an unpaired part, and empty, which means unknown, where nobody says.
+    """
+    copied = ("BodyPartExamined", "FrameOfReferenceUID", "Laterality")
+    copy_into(dataset, {keyword: source.series[keyword] for keyword in copied if keyword in source.series})
+    if dataset.get("BodyPartExamined") in _UNPAIRED:
+        dataset.pop("Laterality", None)
+    elif "Laterality" not in dataset:
+        dataset.Laterality = ""
+    if "FrameOfReferenceUID" in dataset:
+        dataset.PositionReferenceIndicator = ""
 
 
 def local_time(source: SourceStudy, run: RunIdentity) -> datetime:

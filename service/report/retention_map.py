@@ -1,0 +1,291 @@
+"""What the model was shown, as pictures for any viewer: one multi-frame true-colour Secondary Capture.
+
+Every source slice on its own pixel grid: kept patches clear, merged ones blue, dropped ones dark red, slices that the
+model never got dark red within an orange frame that names what stands for them. Patches given, never an explanation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels.encoders.base import RLELosslessEncoder
+from pydicom.uid import MultiFrameTrueColorSecondaryCaptureImageStorage, RLELossless
+
+from service.report import codes
+from service.report.coverage import Cover, cover, is_shown
+from service.report.encoding import name_by_content
+from service.report.header import code_item, common_header, copy_into, copy_series_of_source
+from service.report.identity import RunIdentity
+from service.report.pixels import SourceFrame, Wanted
+from service.report.source import SourceStudy
+from service.shared.messages import AnalysisOutput, Retention, RetentionArrays, SourceInstance, SourceState
+from service.shared.settings import ReportSettings
+
+SERIES_DESCRIPTION = "AI model input, not for diagnosis"
+BANNER = "NOT FOR DIAGNOSIS. Patches given to the model, not an explanation."
+LEGEND = (
+    "Clear: patches given to the language model. Blue: merged into other patches. Dark red: not given. "
+    "Orange frame: slice not given. Not for diagnosis."
+)
+_ORANGE = np.array([255, 140, 0], np.uint8)
+_SMALLEST_WITH_TEXT = 128  # rows and columns
+_STEP = 64  # grey levels in dark parts are few, so that they compress
+
+RGB = NDArray[np.uint8]  # (rows, columns, 3)
+
+
+def wanted_frames(output: AnalysisOutput, source: SourceStudy) -> list[Wanted]:
+    """What `read_frames` is to decode, in stack order: slices with a readable header and a known place."""
+    paths = {one.sop_instance_uid: one.path for one in source.instances}
+    return [
+        (one.sop_instance_uid, one.frame_number, paths[one.sop_instance_uid])
+        for one in output.retention.sources
+        if one.sop_instance_uid in paths
+    ]
+
+
+def build_secondary_capture(
+    output: AnalysisOutput,
+    arrays: RetentionArrays,
+    source: SourceStudy,
+    frames: Iterable[SourceFrame],
+    settings: ReportSettings,
+    *,
+    run: RunIdentity,
+) -> Dataset:
+    """One SC for `encode(..., RLELossless)`; `frames` as `wanted_frames` asks for them, taken one by one.
+
+    A slice that could not be decoded is a black frame that says so; ValueError when none could be.
+    """
+    pictures = _Pictures(output, arrays)
+    encoded = [_encoded(picture) for picture in pictures.of(frames)]
+    dataset = common_header(
+        output,
+        source,
+        settings,
+        run,
+        sop_class_uid=MultiFrameTrueColorSecondaryCaptureImageStorage,
+        modality="OT",
+        kind="SC",
+        series_number=settings.series_number + 1,
+        series_description=SERIES_DESCRIPTION,
+    )
+    copy_series_of_source(dataset, source)
+    lossy = {keyword: value for keyword, value in source.series.items() if keyword.startswith("LossyImage")}
+    copy_into(dataset, lossy)
+    dataset.PatientOrientation = _patient_orientation(pictures.drawn[0])
+    dataset.ConversionType = "WSD"
+    dataset.ImageType = ["DERIVED", "SECONDARY"]
+    dataset.BurnedInAnnotation = source.series.get("BurnedInAnnotation", "NO")
+    dataset.ImageComments = LEGEND
+    dataset.SourceImageSequence = list(_source_images(pictures.drawn, source))
+    _describe_pixels(dataset, pictures.shape, len(encoded))
+    _place_frames(dataset, pictures.drawn)
+    dataset.PixelData = encapsulate(encoded)
+    dataset["PixelData"].VR = "OB"
+    return name_by_content(dataset, "SC", *run.analysis_key, transfer_syntax_uid=RLELossless)
+
+
+class _Pictures:
+    """Paints frames one after another; keeps what the header needs to know of them, not their pixels."""
+
+    def __init__(self, output: AnalysisOutput, arrays: RetentionArrays) -> None:
+        self._retention = output.retention
+        self._arrays = arrays
+        self._sources = {(one.sop_instance_uid, one.frame_number): one for one in output.retention.sources}
+        self._numbers = {key: number for number, key in enumerate(self._sources, 1)}
+        self.drawn: list[SourceFrame] = []  # without pixels
+        self.shape = (0, 0)
+
+    def of(self, frames: Iterable[SourceFrame]) -> Iterator[RGB]:
+        """One picture per frame; frames before the first decodable one wait for its size."""
+        waiting: list[SourceFrame] = []
+        for frame in frames:
+            if self.shape == (0, 0):
+                if frame.grey is None:
+                    waiting.append(frame)
+                    continue
+                self.shape = (frame.grey.shape[0], frame.grey.shape[1])
+                yield from (self._paint(one) for one in waiting)
+                waiting = []
+            yield self._paint(frame)
+        if waiting or self.shape == (0, 0):
+            raise ValueError("none of the slices could be decoded; there is no picture to draw on")
+
+    def _paint(self, frame: SourceFrame) -> RGB:
+        key = frame.sop_instance_uid, frame.frame_number
+        source = self._sources[key]
+        grey = frame.grey
+        readable = grey is not None and grey.shape == self.shape
+        said = caption(self._retention, source, self._numbers[key]) + ("" if readable else " - PIXELS UNREADABLE")
+        if grey is None or not readable:
+            grey = np.zeros(self.shape, np.uint8)
+        self.drawn.append(
+            SourceFrame(
+                frame.sop_instance_uid, frame.frame_number, None, frame.position, frame.orientation, frame.spacing
+            )
+        )
+        return paint(grey, cover(self._retention, self._arrays, source, self.shape), said, is_shown(source))
+
+
+def caption(retention: Retention, source: SourceInstance, number: int) -> str:
+    """What became of slice `number` (from 1, in stack order), in a line."""
+    place = f"Slice {number} of {len(retention.sources)}"
+    anchors = "" if source.input_index is None else _numbers(retention.inputs[source.input_index].source_instances)
+    match source.state:
+        case SourceState.SHOWN:
+            return f"{place}: given to the model"
+        case SourceState.IN_SLAB:
+            return f"{place}: given as part of the mean of {anchors}"
+        case SourceState.REPRESENTED:
+            return f"{place}: NOT GIVEN, represented by {anchors}"
+        case SourceState.SAMPLED_OUT:
+            return f"{place}: NOT GIVEN, left out by sampling"
+        case SourceState.DUPLICATE:
+            return f"{place}: NOT GIVEN, another slice at this position was"
+        case SourceState.UNREADABLE:
+            return f"{place}: NOT GIVEN, unreadable"
+
+
+def _numbers(indices: Sequence[int]) -> str:
+    if len(indices) == 1:
+        return f"slice {indices[0] + 1}"
+    return f"slices {min(indices) + 1} to {max(indices) + 1}"
+
+
+def paint(grey: NDArray[np.uint8], covers: NDArray[np.uint8], said: str, given: bool) -> RGB:
+    """One picture on the grid of its source slice.
+
+    grey, covers: (rows, columns); said: the caption; given: False draws the orange frame.
+    """
+    picture: RGB = _palette()[covers, grey]
+    rows, columns = grey.shape
+    if not given:
+        width = max(1, min(rows, columns) // 128)
+        for edge in (np.s_[:width], np.s_[-width:], np.s_[:, :width], np.s_[:, -width:]):
+            picture[edge] = _ORANGE
+    if min(rows, columns) >= _SMALLEST_WITH_TEXT:
+        banner, line = _text(BANNER, columns, rows // 28), _text(said, columns, rows // 28)
+        picture[: len(banner)] = banner
+        picture[-len(line) :] = line
+    return picture
+
+
+@lru_cache(maxsize=1)
+def _palette() -> NDArray[np.uint8]:
+    """(5, 256, 3): the colour of a grey level under each Cover."""
+    grey = np.arange(256)
+    dark = grey // _STEP * _STEP * 0.4
+    palette = np.zeros((len(Cover), 256, 3))
+    palette[Cover.KEPT] = grey[:, None]
+    # Tints begin above black, so that a patch of air tells its state too
+    palette[Cover.MERGED] = (grey // 8 * 8)[:, None] * np.array([0.45, 0.6, 0.75]) + np.array([0, 0, 40])
+    for cover_ in (Cover.DROPPED, Cover.NOT_SHOWN, Cover.OUTSIDE):
+        palette[cover_] = dark[:, None] + np.array([36, 12, 12])
+    return np.rint(palette).astype(np.uint8)
+
+
+@lru_cache(maxsize=512)
+def _text(text: str, columns: int, height: int) -> RGB:
+    """White on black over the whole width; smaller where it would not fit."""
+    size = height * 0.8
+    while size > 6 and ImageFont.load_default(size).getlength(text) > columns - 4:
+        size -= 0.5
+    strip = Image.new("L", (columns, height))
+    ImageDraw.Draw(strip).text((2, height / 2), text, fill=255, font=ImageFont.load_default(size), anchor="lm")
+    return np.repeat(np.asarray(strip)[:, :, None], 3, axis=2)
+
+
+def _encoded(picture: RGB) -> bytes:
+    """RLE by one encoder always: another one may write other bytes for the same pixels."""
+    rows, columns, _ = picture.shape
+    return RLELosslessEncoder.encode(
+        np.ascontiguousarray(picture),
+        encoding_plugin="pylibjpeg",
+        rows=rows,
+        columns=columns,
+        number_of_frames=1,
+        samples_per_pixel=3,
+        photometric_interpretation="RGB",
+        planar_configuration=0,
+        bits_allocated=8,
+        bits_stored=8,
+        pixel_representation=0,
+    )
+
+
+def _describe_pixels(dataset: Dataset, shape: tuple[int, int], count: int) -> None:
+    dataset.Rows, dataset.Columns = shape
+    dataset.NumberOfFrames = count
+    dataset.SamplesPerPixel = 3
+    dataset.PhotometricInterpretation = "RGB"
+    dataset.PlanarConfiguration = 0
+    dataset.BitsAllocated = 8
+    dataset.BitsStored = 8
+    dataset.HighBit = 7
+    dataset.PixelRepresentation = 0
+    dataset.FrameIncrementPointer = 0x00182001
+    dataset.PageNumberVector = list(range(1, count + 1))
+
+
+def _place_frames(dataset: Dataset, frames: Sequence[SourceFrame]) -> None:
+    """Plane groups, so that viewers can put the pictures beside their slices; only where all slices have a place."""
+    first = frames[0]
+    placed = all(frame.position is not None for frame in frames)
+    if not placed or len({(frame.orientation, frame.spacing) for frame in frames}) != 1:
+        return
+    if first.orientation is None or first.spacing is None:
+        return
+    shared, orientation, measures = Dataset(), Dataset(), Dataset()
+    orientation.ImageOrientationPatient = [decimal(part) for part in first.orientation]
+    measures.PixelSpacing = [decimal(part) for part in first.spacing]
+    shared.PlaneOrientationSequence = [orientation]
+    shared.PixelMeasuresSequence = [measures]
+    dataset.SharedFunctionalGroupsSequence = [shared]
+    groups = []
+    for frame in frames:
+        group, position = Dataset(), Dataset()
+        position.ImagePositionPatient = [decimal(part) for part in frame.position or ()]
+        group.PlanePositionSequence = [position]
+        groups.append(group)
+    dataset.PerFrameFunctionalGroupsSequence = groups
+
+
+def _patient_orientation(frame: SourceFrame) -> list[str]:
+    """The directions of rows and columns by their main axis (PS3.3 C.7.6.1.1.1); empty where unknown."""
+    if frame.orientation is None:
+        return []
+    directions = []
+    for cosines in (frame.orientation[:3], frame.orientation[3:]):
+        axis = max(range(3), key=lambda index: abs(cosines[index]))
+        directions.append(("LR", "PA", "HF")[axis][cosines[axis] < 0])
+    return directions
+
+
+def decimal(value: float) -> str:
+    """A DS of at most 16 characters."""
+    text = repr(float(value))
+    return text if len(text) <= 16 else f"{value:.10g}"
+
+
+def _source_images(frames: Sequence[SourceFrame], source: SourceStudy) -> Iterator[Dataset]:
+    """One item per instance, with its frames where it has several."""
+    numbers: dict[str, list[int]] = {}
+    for frame in frames:
+        of_instance = numbers.setdefault(frame.sop_instance_uid, [])
+        if frame.frame_number is not None:
+            of_instance.append(frame.frame_number)
+    classes = {one.sop_instance_uid: one.sop_class_uid for one in source.instances}
+    for uid, of_instance in numbers.items():
+        item = Dataset()
+        copy_into(item, {"ReferencedSOPClassUID": classes[uid], "ReferencedSOPInstanceUID": uid})
+        if of_instance:
+            item.ReferencedFrameNumber = sorted(of_instance)
+        item.PurposeOfReferenceCodeSequence = [code_item(codes.SOURCE_IMAGE)]
+        yield item

@@ -1,0 +1,213 @@
+"""The Secondary Capture: its pixels are held against the mask they draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.uid import RLELossless
+
+from service.report.encoding import encode, uncompressed
+from service.report.pixels import SourceFrame
+from service.report.retention_map import build_secondary_capture, caption, wanted_frames
+from service.report.source import SourceStudy, read_source
+from service.shared.messages import SourceState
+from service.shared.settings import ReportSettings
+from tests.report_samples import RUN, arrays_of, ct_header, output_for, write
+
+SHAPE = (256, 256)
+TOKENS = (4, 4)
+TILE = 64
+TEXT_ROWS = 9  # of the banner and of the caption
+AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> SourceStudy:
+    """Four CT slices."""
+    headers = [ct_header(number, BodyPartExamined="CHEST") for number in range(1, 5)]
+    return read_source(write(tmp_path, headers))
+
+
+def frames_of(source: SourceStudy, grey: int = 200) -> list[SourceFrame]:
+    """Slices of one grey, 3 mm apart."""
+    return [
+        SourceFrame(
+            one.sop_instance_uid, None, np.full(SHAPE, grey, np.uint8), (0.0, 0.0, 3.0 * index), AXIAL, (0.5, 0.5)
+        )
+        for index, one in enumerate(source.instances)
+    ]
+
+
+def build(source: SourceStudy, frames: Sequence[SourceFrame] | None = None, **changes: Any) -> bytes:
+    """The map of an analysis that kept every second slice, and in those every second token."""
+    output = output_for(source, tokens=TOKENS, **changes)
+    arrays = arrays_of(output.retention.inputs, TOKENS)
+    arrays.source_pixels_from_token[:] = [[TILE, 0, 0], [0, TILE, 0]]
+    capture = build_secondary_capture(
+        output, arrays, source, frames_of(source) if frames is None else frames, ReportSettings(), run=RUN
+    )
+    return encode(capture, RLELossless)
+
+
+def read(content: bytes) -> Dataset:
+    return dcmread(BytesIO(content))
+
+
+def inner(picture: Any) -> Any:
+    """Without the rows that hold text and the width of an orange frame."""
+    return picture[TEXT_ROWS:-TEXT_ROWS, 4:-4]
+
+
+def test_kept_patches_are_clear_and_dropped_ones_dark(source: SourceStudy) -> None:
+    """Pixel by pixel on the grid of the source."""
+    picture = read(build(source)).pixel_array[0]
+
+    kept = np.kron(np.arange(16).reshape(TOKENS) % 2 == 0, np.ones((TILE, TILE), bool)).astype(bool)
+    clear = (picture == 200).all(axis=-1)
+    np.testing.assert_array_equal(inner(clear), inner(kept))
+    assert inner(picture)[~inner(kept)].max() < 150
+
+
+def test_a_slice_that_was_not_given_is_dark_in_an_orange_frame(source: SourceStudy) -> None:
+    """No patch of it is clear."""
+    picture = read(build(source)).pixel_array[1]
+
+    assert inner(picture).max() < 150
+    assert picture[128, 0].tolist() == [255, 140, 0]
+    assert picture[128, -1].tolist() == [255, 140, 0]
+
+
+def test_a_slice_that_was_given_has_no_orange_frame(source: SourceStudy) -> None:
+    """Colours mean one thing each."""
+    picture = read(build(source)).pixel_array[0]
+
+    assert not (picture == [255, 140, 0]).all(axis=-1).any()
+
+
+def test_patches_of_air_tell_their_state_too(source: SourceStudy) -> None:
+    """A dropped patch of black is not black."""
+    picture = read(build(source, frames_of(source, grey=0))).pixel_array[0]
+
+    colours = {tuple(colour.tolist()) for colour in np.unique(inner(picture).reshape(-1, 3), axis=0)}
+    assert colours == {(0, 0, 0), (36, 12, 12)}
+
+
+def test_every_slice_has_a_frame_in_stack_order_at_its_place(source: SourceStudy) -> None:
+    """Dropped slices included."""
+    capture = read(build(source))
+
+    assert capture.NumberOfFrames == 4
+    positions = [
+        group.PlanePositionSequence[0].ImagePositionPatient[2] for group in capture.PerFrameFunctionalGroupsSequence
+    ]
+    assert positions == [0, 3, 6, 9]
+    assert [item.ReferencedSOPInstanceUID for item in capture.SourceImageSequence] == [
+        one.sop_instance_uid for one in source.instances
+    ]
+
+
+def test_the_banner_is_burned_into_every_frame(source: SourceStudy) -> None:
+    """White text on black in the first and the last rows."""
+    for picture in read(build(source)).pixel_array:
+        assert picture[:TEXT_ROWS].max() > 150
+        assert picture[-TEXT_ROWS:].max() > 150
+
+
+def test_the_words_are_in_the_header_too(source: SourceStudy) -> None:
+    """A list of series says that it is not for diagnosis."""
+    capture = read(build(source))
+
+    assert capture.SeriesDescription == "AI model input, not for diagnosis"
+    assert capture.ImageComments.endswith("Not for diagnosis.")
+    assert capture.BurnedInAnnotation == "NO"
+
+
+@pytest.mark.parametrize(
+    ("state", "inputs", "said"),
+    [
+        (SourceState.SHOWN, (1,), "Slice 3 of 4: given to the model"),
+        (SourceState.IN_SLAB, (1, 2, 3), "Slice 3 of 4: given as part of the mean of slices 2 to 4"),
+        (SourceState.REPRESENTED, (1,), "Slice 3 of 4: NOT GIVEN, represented by slice 2"),
+        (SourceState.SAMPLED_OUT, (1,), "Slice 3 of 4: NOT GIVEN, left out by sampling"),
+        (SourceState.DUPLICATE, (1,), "Slice 3 of 4: NOT GIVEN, another slice at this position was"),
+        (SourceState.UNREADABLE, (1,), "Slice 3 of 4: NOT GIVEN, unreadable"),
+    ],
+)
+def test_the_caption_names_what_became_of_a_slice(
+    source: SourceStudy, state: SourceState, inputs: tuple[int, ...], said: str
+) -> None:
+    """And the anchor that stands for it."""
+    retention = output_for(source).retention
+    model_input = retention.inputs[1].model_copy(update={"source_instances": inputs})
+    retention = retention.model_copy(update={"inputs": (retention.inputs[0], model_input)})
+
+    one = retention.sources[2].model_copy(update={"state": state, "input_index": 1})
+
+    assert caption(retention, one, 3) == said
+
+
+def test_an_undecodable_slice_is_black_and_says_so(source: SourceStudy) -> None:
+    """Also when it is the first one, whose size nobody knows yet."""
+    frames = frames_of(source)
+    frames[0] = SourceFrame(frames[0].sop_instance_uid, None, None, (0.0, 0.0, 0.0), AXIAL, (0.5, 0.5))
+
+    capture = read(build(source, frames))
+
+    assert capture.NumberOfFrames == 4
+    assert set(np.unique(inner(capture.pixel_array[0]).max(axis=-1))) <= {0, 36}
+
+
+def test_without_any_decodable_slice_there_is_no_map(source: SourceStudy) -> None:
+    """A fault with its reason, not an empty picture."""
+    frames = [SourceFrame(one.sop_instance_uid, None, None, None, None, None) for one in source.instances]
+
+    with pytest.raises(ValueError, match="none of the slices could be decoded"):
+        build(source, frames)
+
+
+def test_slices_without_a_place_get_no_plane_groups(source: SourceStudy) -> None:
+    """A wrong place is worse than none."""
+    frames = frames_of(source)
+    frames[2] = SourceFrame(frames[2].sop_instance_uid, None, frames[2].grey, None, AXIAL, (0.5, 0.5))
+
+    assert "PerFrameFunctionalGroupsSequence" not in read(build(source, frames))
+
+
+def test_same_input_gives_the_same_bytes(source: SourceStudy) -> None:
+    """A rebuilt map is the map."""
+    assert build(source) == build(source)
+
+
+def test_other_pixels_never_carry_the_same_uid(source: SourceStudy) -> None:
+    """The UID is derived from all of the bytes."""
+    first, second = read(build(source)), read(build(source, frames_of(source, grey=199)))
+
+    assert first.SOPInstanceUID != second.SOPInstanceUID
+    assert first.SeriesInstanceUID == second.SeriesInstanceUID
+
+
+def test_the_uncompressed_form_has_the_same_uid_and_pixels(source: SourceStudy) -> None:
+    """For a destination that refuses RLE."""
+    content = build(source)
+
+    plain = read(uncompressed(content))
+
+    assert not plain.file_meta.TransferSyntaxUID.is_compressed
+    assert plain.SOPInstanceUID == read(content).SOPInstanceUID
+    np.testing.assert_array_equal(plain.pixel_array, read(content).pixel_array)
+
+
+def test_wanted_frames_follow_the_stack(source: SourceStudy) -> None:
+    """Instances without a readable header are left out."""
+    output = output_for(source)
+
+    wanted = wanted_frames(output, source)
+
+    assert [uid for uid, _, _ in wanted] == [one.sop_instance_uid for one in output.retention.sources]
