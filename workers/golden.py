@@ -39,6 +39,8 @@ CONTEXTUAL_FRACTION = 0.05  # of every recorded host case
 SCORE, FEATURE, LOGIT, MERGED = 3e-4, 2e-4, 1e-4, 1e-5
 EXACT = 0.0
 
+Row = tuple[str, float, float]  # quantity, measured, tolerance
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -55,7 +57,7 @@ class Difference:
 
 
 def check(folder: Path) -> list[Difference]:
-    """Compare every case below `folder`; ValueError where nothing is there to compare."""
+    """Compare every case below `folder`; ValueError where nothing is there to compare or a tensor is missing."""
     differences: list[Difference] = []
     for host in sorted(path.parent for path in folder.glob("*/config.json")):
         differences += check_host(host)
@@ -88,8 +90,15 @@ def check_host(folder: Path) -> list[Difference]:
     for weights, paths in by_weights.items():
         host = open_golden(folder, weights)
         for path in paths:
-            differences += [Difference(f"{folder.name}/{path.stem}", *row) for row in check_case(host, load_file(path))]
+            differences += [Difference(f"{folder.name}/{path.stem}", *row) for row in _checked(host, path)]
     return differences
+
+
+def _checked(host: Host, path: Path) -> list[Row]:
+    try:
+        return check_case(host, load_file(path))
+    except KeyError as error:
+        raise ValueError(f"{path}: holds no tensor {error}") from error
 
 
 def weights_of(case: Path) -> str:
@@ -98,7 +107,7 @@ def weights_of(case: Path) -> str:
         return str((file.metadata() or {}).get("weights", "model"))
 
 
-def open_golden(folder: Path, weights: str = "model") -> Host:
+def open_golden(folder: Path, weights: str = "model", attention: str = "sdpa") -> Host:
     """Load a golden host in float32 on the CPU, without tokenizer or processor, and lay the overlay over it."""
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     architecture = architecture_of(folder)
@@ -111,9 +120,9 @@ def open_golden(folder: Path, weights: str = "model") -> Host:
         torch_version=str(torch.__version__),
         dtype="float32",
         device="cpu",
-        attention="sdpa",
+        attention=attention,
     )
-    opened = Opened(folder, torch.device("cpu"), torch.float32, "sdpa", identity, ())
+    opened = Opened(folder, torch.device("cpu"), torch.float32, attention, identity, ())
     host = _host(architecture, opened)
     for overlay in weights.split("+")[1:]:
         _, unexpected = host.model.load_state_dict(load_file(folder / f"{overlay}.safetensors"), strict=False)
@@ -124,13 +133,12 @@ def open_golden(folder: Path, weights: str = "model") -> Host:
 
 def _host(architecture: str, opened: Opened) -> Host:
     if architecture == "Gemma3ForConditionalGeneration":
-        return Gemma3(opened, load_weights(Gemma3.architecture_class, opened, "sdpa"), None)
+        return Gemma3(opened, load_weights(Gemma3.architecture_class, opened, opened.attention), None)
     other = {"Qwen3VLForConditionalGeneration": Qwen3VL, "VideoLlama3ForConditionalGeneration": VideoLlama3}
+    if architecture not in other:
+        raise ValueError(f"{opened.folder}: golden folders hold the stock classes, not {architecture}")
     host = other[architecture]
-    return host(opened, load_weights(host.architecture_class, opened, "sdpa"), None, None)
-
-
-Row = tuple[str, float, float]  # quantity, measured, tolerance
+    return host(opened, load_weights(host.architecture_class, opened, opened.attention), None, None)
 
 
 @torch.inference_mode()

@@ -45,6 +45,16 @@ def test_reference_is_reproduced(case: Path) -> None:
     assert beyond(golden.check_case(host, load_file(case))) == []
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_eager_attention_reproduces_the_reference(host: str) -> None:
+    """The kernel is a matter of speed: with eager attention everywhere the same case is reproduced."""
+    case = FOLDER / host / "one.safetensors"
+
+    rows = golden.check_case(golden.open_golden(case.parent, attention="eager"), load_file(case))
+
+    assert beyond(rows) == []
+
+
 def test_all_recorded_cases_are_there() -> None:
     """Three hosts of eight cases each, 27 files of the stages alone; none is left out."""
     assert len(CASES) == 24
@@ -140,6 +150,18 @@ def test_matching_folder_ends_in_0(tmp_path: Path) -> None:
     shutil.copy(FOLDER / "stage" / "slices-one.safetensors", tmp_path / "stage")
 
     assert golden.print_table(golden.check(tmp_path), Console(quiet=True)) == 0
+
+
+def test_case_without_a_tensor_is_named(tmp_path: Path) -> None:
+    """A recording that lacks a tensor is an error with its path, not a comparison left out."""
+    shutil.copytree(FOLDER / "qwen3vl", tmp_path / "host", ignore=shutil.ignore_patterns("[a-np-z]*.safetensors"))
+    shutil.copy(FOLDER / "qwen3vl" / "model.safetensors", tmp_path / "host")
+    case = load_file(tmp_path / "host" / "off.safetensors")
+    del case["position_ids"]
+    save_file(case, tmp_path / "host" / "off.safetensors")
+
+    with pytest.raises(ValueError, match=r"off\.safetensors: holds no tensor 'position_ids'"):
+        golden.check(tmp_path)
 
 
 def test_empty_folder_is_an_error(tmp_path: Path) -> None:
