@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def find_redis_server() -> str:
 
 
 def redis_command(data: Path) -> list[str]:
-    """The command line of the embedded server; makes its folders, which only this user may enter.
+    """The command line of the embedded server; makes its folders, which only this user may enter. NoRedisServer
+    when somebody else has made one of them: in /tmp, anybody could.
 
     Append-only with the default of one fsync a second: a killed Redis loses nothing, a power cut loses a second of
     messages, and the sweep rings again for what they announced.
@@ -35,6 +37,8 @@ def redis_command(data: Path) -> list[str]:
     socket = embedded_socket(data)
     for needed in (folder, socket.parent):
         needed.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if needed.stat().st_uid != os.geteuid():
+            raise NoRedisServer(f"{needed} belongs to another user; remove it, or set [queue] url")
     return [
         find_redis_server(),
         *("--port", "0"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from service.shared.durable import digest
 from service.shared.settings import Settings
@@ -25,7 +26,7 @@ def embedded_socket(data: Path) -> Path:
 
 def broker_url(settings: Settings) -> str:
     """The configured Redis, or the embedded one on its private socket."""
-    return settings.queue.url.get_secret_value() or f"redis+socket://{embedded_socket(settings.data.path)}"
+    return settings.queue.url.get_secret_value() or f"redis+socket://{quote(str(embedded_socket(settings.data.path)))}"
 
 
 def celery_options(settings: Settings) -> dict[str, Any]:
