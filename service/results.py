@@ -24,7 +24,7 @@ from service.report.source import SourceStudy, read_source
 from service.report.structured_report import SOP_CLASSES, build_sr
 from service.shared import transitions
 from service.shared.db import Analysis, AnalysisState, Instance, Result, ResultState, Study
-from service.shared.durable import digest, write_durably
+from service.shared.durable import digest, make_folder, write_durably
 from service.shared.log import explain_exception
 from service.shared.messages import AnalysisOutput, load_output
 from service.shared.settings import (
@@ -160,7 +160,7 @@ def _store(
     )
     sha256 = digest(content)
     path = settings.data.path / "outbox" / sha256[:2] / f"{sha256}.dcm"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(path.parent)
     write_durably(path, content)
     return Result(
         analysis_id=analysis.id,

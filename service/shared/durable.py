@@ -27,6 +27,15 @@ def write_durably(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder`, and what is missing above it, for this user alone; after return all of it survives a power cut."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    sync_folder(folder.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the renames and removals in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

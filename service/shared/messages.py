@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.shared.durable import digest, write_durably
+from service.shared.durable import digest, make_folder, write_durably
 
 OUTPUT_VERSION = 1
 
@@ -213,7 +213,7 @@ def store_output(folder: Path, fence: int, output: AnalysisOutput, arrays: bytes
 
     Files of another fence are never touched: a worker that lost its lease cannot overwrite the winner's.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(folder)
     content = output.model_dump_json(indent=1).encode()
     for name, part in ((f"{fence}.npz", arrays), (f"{fence}.json", content)):
         write_durably(folder / name, part)
