@@ -11,7 +11,7 @@ from threading import Event, Thread
 
 import structlog
 from pydicom.uid import ExplicitVRLittleEndian
-from pynetdicom import AE, _config, build_context
+from pynetdicom import AE, _config, build_context, evt
 from pynetdicom.association import Association
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
@@ -156,9 +156,9 @@ def record(
 
 def send(destination: DestinationSettings, scp: ScpSettings, results: list[Result], files: list[Path]) -> list[Answer]:
     """C-STORE the files over one association; one answer per file, in order."""
-    association = _associate(destination, scp, {result.sop_class_uid for result in results})
+    association, connected = _associate(destination, scp, {result.sop_class_uid for result in results})
     if not association.is_established:
-        reason = _why_not(association, destination)
+        reason = _why_not(association, destination, connected=connected)
         return [Answer(Verdict.AGAIN, None, reason) for _ in results]
     answers = [_store(association, destination, result, file) for result, file in zip(results, files, strict=True)]
     if association.is_established:
@@ -168,9 +168,9 @@ def send(destination: DestinationSettings, scp: ScpSettings, results: list[Resul
 
 def echo(destination: DestinationSettings, scp: ScpSettings) -> tuple[bool, str]:
     """C-ECHO the destination: whether it answered, and a sentence for people."""
-    association = _associate(destination, scp, {"1.2.840.10008.1.1"})
+    association, connected = _associate(destination, scp, {"1.2.840.10008.1.1"})
     if not association.is_established:
-        return False, _why_not(association, destination)
+        return False, _why_not(association, destination, connected=connected)
     status = association.send_c_echo()
     association.release()
     code = status.get("Status")
@@ -185,23 +185,32 @@ def echo(destination: DestinationSettings, scp: ScpSettings) -> tuple[bool, str]
     )
 
 
-def _associate(destination: DestinationSettings, scp: ScpSettings, sop_classes: set[str]) -> Association:
+def _associate(destination: DestinationSettings, scp: ScpSettings, sop_classes: set[str]) -> tuple[Association, bool]:
+    """Ask for an association; it, and whether there was a connection (pynetdicom calls both failures aborted)."""
     application = AE(ae_title=destination.calling_ae_title or scp.ae_title)
     application.connection_timeout = destination.timeout_s
     application.acse_timeout = destination.timeout_s
     application.dimse_timeout = destination.timeout_s
     application.network_timeout = destination.timeout_s
     contexts = [build_context(uid, ExplicitVRLittleEndian) for uid in sorted(sop_classes)[:MAX_CONTEXTS]]
-    return application.associate(destination.host, destination.port, contexts=contexts, ae_title=destination.ae_title)
+    connections: list[evt.Event] = []
+    association = application.associate(
+        destination.host,
+        destination.port,
+        contexts=contexts,
+        ae_title=destination.ae_title,
+        evt_handlers=[(evt.EVT_CONN_OPEN, connections.append)],
+    )
+    return association, bool(connections)
 
 
-def _why_not(association: Association, destination: DestinationSettings) -> str:
+def _why_not(association: Association, destination: DestinationSettings, *, connected: bool) -> str:
     where = f"{destination.ae_title} at {destination.host}:{destination.port}"
     if association.is_rejected:
         primitive = association.acceptor.primitive
         why = f"{primitive.result_str}: {primitive.reason_str}" if primitive else "no reason given"
         return f"{where} rejects the association ({why}); check the AE titles on both sides"
-    if association.is_aborted:
+    if connected:
         return f"{where} aborted the association"
     return f"{where} cannot be reached; check [[destination]] host and port, and that the PACS is up"
 
