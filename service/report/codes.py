@@ -111,6 +111,12 @@ PRUNING_SWITCHES: dict[str, Code] = {
     "token_stage": _private("MP-035", "Token stage applied"),
 }
 
+# Segments of the segmentation
+SPATIAL_CONCEPT = Code("309825002", "SCT", "Spatial and Relational Concept")
+SEGMENTATION = Code("113076", "DCM", "Segmentation")
+TOKENS_GIVEN = _private("MP-201", "Region given to the language model")
+SLICE_GIVEN = _private("MP-202", "Slice given to the model")
+
 CAUTION = _private("MP-100", "Caution")
 CAUTIONS: dict[Flag, Code] = {
     Flag.TRUNCATED: _private("MP-101", "Text truncated"),

@@ -140,6 +140,12 @@ def dicom_time(moment: datetime) -> str:
     return f"{moment:%H%M%S}" + (f".{moment.microsecond:06d}" if moment.microsecond else "")
 
 
+def decimal(value: float) -> str:
+    """A DS of at most 16 characters."""
+    text = repr(float(value))
+    return text if len(text) <= 16 else f"{value:.10g}"
+
+
 def clipped(text: str) -> str:
     """A configured or model's name as LO: without what LO cannot hold, cut at 64 characters."""
     printable = "".join(" " if character < " " or character in "\\\x7f" else character for character in text)

@@ -20,7 +20,13 @@ from pydicom.uid import MultiFrameTrueColorSecondaryCaptureImageStorage, RLELoss
 from service.report import codes
 from service.report.coverage import Cover, cover, is_shown
 from service.report.encoding import name_by_content
-from service.report.header import code_item, common_header, copy_into, copy_series_of_source
+from service.report.header import (
+    code_item,
+    common_header,
+    copy_into,
+    copy_series_of_source,
+    decimal,
+)
 from service.report.identity import RunIdentity
 from service.report.pixels import SourceFrame, Wanted
 from service.report.source import SourceStudy
@@ -266,12 +272,6 @@ def _patient_orientation(frame: SourceFrame) -> list[str]:
         axis = max(range(3), key=lambda index: abs(cosines[index]))
         directions.append(("LR", "PA", "HF")[axis][cosines[axis] < 0])
     return directions
-
-
-def decimal(value: float) -> str:
-    """A DS of at most 16 characters."""
-    text = repr(float(value))
-    return text if len(text) <= 16 else f"{value:.10g}"
 
 
 def _source_images(frames: Sequence[SourceFrame], source: SourceStudy) -> Iterator[Dataset]:

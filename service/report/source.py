@@ -112,6 +112,7 @@ _SERIES = (
     _Rule("FrameOfReferenceUID", "UI"),
     _Rule("BodyPartExamined", "CS"),
     _Rule("Laterality", "CS", 3, frozenset({"L", "R"})),
+    _Rule("SliceThickness", "DS"),
     _Rule("BurnedInAnnotation", "CS", 3, frozenset({"YES", "NO"})),
     _Rule("LossyImageCompression", "CS", 3, frozenset({"00", "01"})),
     _Rule("LossyImageCompressionRatio", "DS", many=True),

@@ -8,19 +8,25 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
+from pydicom.uid import RLELossless
 
-from service.report.encoding import encode
+from service.report.coverage import Cover, cover
+from service.report.encoding import encode, uncompressed
 from service.report.gate import Severity, check
 from service.report.identity import PriorDocument, RunIdentity
+from service.report.pixels import PixelLimits, read_frames
+from service.report.retention_map import build_secondary_capture, wanted_frames
+from service.report.segmentation import build_segmentation
 from service.report.source import SourceStudy, read_source
 from service.report.structured_report import build_sr
 from service.shared.messages import Flag
 from service.shared.settings import ReportSettings, SrSopClass
-from tests.report_samples import BODY, HEAD, RUN, ct_header, output_for, write
+from tests.report_samples import BODY, HEAD, RUN, arrays_of, ct_header, output_for, write
 
 pytestmark = pytest.mark.validators
 
@@ -216,3 +222,40 @@ def test_the_head_study_of_another_maker_passes_the_gate() -> None:
 
     assert unexpected(content_of(source), source) == []
     assert dcmread(HEAD / "001.dcm", stop_before_pixels=True).StudyInstanceUID == source.study_uid
+
+
+@pytest.mark.parametrize("folder", [BODY, HEAD], ids=["body", "head"])
+def test_the_maps_of_a_real_study_pass_the_gate(folder: Path) -> None:
+    """Secondary Capture, compressed and not, and segmentation."""
+    source = read_source(folder.glob("*.dcm"))
+    output = output_for(source, tokens=(16, 16))
+    arrays = arrays_of(output.retention.inputs, (16, 16))
+    frames = list(read_frames(wanted_frames(output, source), PixelLimits()))
+    settings = ReportSettings()
+
+    capture = encode(build_secondary_capture(output, arrays, source, frames, settings, run=RUN), RLELossless)
+    mask = encode(build_segmentation(output, arrays, source, frames, (512, 512), settings, run=RUN))
+
+    for content in (capture, uncompressed(capture), mask):
+        findings = check(content, verbatim=source.uids)
+        assert [str(one) for one in findings if one.severity is not Severity.ALLOWED] == []
+
+
+def test_the_map_of_the_real_body_shows_what_the_mask_says() -> None:
+    """Against the pixels: clear where a token was kept, dark red where none was, on the source's own grid."""
+    source = read_source(BODY.glob("*.dcm"))
+    output = output_for(source, tokens=(16, 16))
+    arrays = arrays_of(output.retention.inputs, (16, 16))
+    frames = list(read_frames(wanted_frames(output, source), PixelLimits()))
+
+    capture = build_secondary_capture(output, arrays, source, frames, ReportSettings(), run=RUN)
+
+    capture.file_meta.TransferSyntaxUID = RLELossless
+    pictures = capture.pixel_array[:, 20:-20, 4:-4].astype(int)
+    for one, frame, picture in zip(output.retention.sources, frames, pictures, strict=True):
+        covers = cover(output.retention, arrays, one, (512, 512))[20:-20, 4:-4]
+        assert frame.grey is not None
+        grey = frame.grey[20:-20, 4:-4]
+        kept = covers == Cover.KEPT
+        np.testing.assert_array_equal(picture[kept], np.repeat(grey[kept][:, None], 3, axis=1))
+        assert (picture[~kept][:, 0] - picture[~kept][:, 1] == 24).all()
