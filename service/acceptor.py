@@ -401,6 +401,8 @@ class _Dul(DULServiceProvider):
         return self.state_machine.current_state
 
     def _is_transport_event(self) -> bool:
+        if self._state == "Sta1":  # the connection has yet to be noticed: its event is queued
+            return False
         if self._state == "Sta6" and self.assoc.dimse.msg_queue.qsize() >= MAX_QUEUED_MESSAGES:
             return False
         connection = self._connection()
@@ -443,7 +445,7 @@ class _Dul(DULServiceProvider):
         pdu_type, length = struct.unpack(">BxL", header)
         if not 1 <= pdu_type <= 7:
             raise _Violation("not a DICOM PDU")
-        limit = MAX_ASSOCIATE_BYTES if self._state in ("Sta1", "Sta2") else self.assoc.acceptor.maximum_length
+        limit = MAX_ASSOCIATE_BYTES if self._state == "Sta2" else self.assoc.acceptor.maximum_length
         if length > limit:
             raise _Violation(f"a PDU of {length} bytes where {limit} are the most")
         return header + self._receive(length, deadline)

@@ -50,7 +50,8 @@ HEARTBEAT_S = HEARTBEAT_STALE_S / 3
 _NOT_IN_THE_OBJECT = re.compile(r"1\.2\.840\.10008\.1\.2\.(4\.(94|95|204|205)|7\..*)")
 TRANSFER_SYNTAXES = frozenset(uid for uid in ALL_TRANSFER_SYNTAXES if not _NOT_IN_THE_OBJECT.fullmatch(uid))
 
-_UID = re.compile(r"[0-9.]{1,64}")  # leading zeros occur in the field and do no harm; anything else is refused
+# Components with leading zeros occur in the field and do no harm; anything else that is no UID is refused.
+_UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
 _HEADER_TAGS = {
     "sop_class_uid": 0x00080016,
     "sop_instance_uid": 0x00080018,
