@@ -5,9 +5,12 @@ Rows are made through the transitions wherever one exists, so that no test start
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from typing import Any
 
 from sqlalchemy import select
@@ -164,6 +167,15 @@ def claimed(sessions: sessionmaker[Session], analysis_id: int, **how: Any) -> Cl
     held = claim(sessions, analysis_id, **how)
     assert held is not None
     return held
+
+
+def claim_in_a_process(url: str, analysis_id: int, gate: Barrier, fences: Queue[int | None]) -> None:
+    """Claim it from this process as soon as all are at the gate, and tell the fence."""
+    engine = open_engine(url)
+    gate.wait(60)
+    held = claim(open_sessions(engine), analysis_id, worker=f"worker/{os.getpid()}")
+    fences.put(None if held is None else held.fence)
+    engine.dispose()
 
 
 def read(sessions: sessionmaker[Session], analysis_id: int, **changes: Any) -> None:

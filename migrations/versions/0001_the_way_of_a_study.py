@@ -340,6 +340,11 @@ def _make_append_only() -> None:
                 f"CREATE TRIGGER audit_event_no_{verb} BEFORE {verb.upper()} ON audit_event "
                 "BEGIN SELECT RAISE(ABORT, 'audit_event is append-only'); END"
             )
+        op.execute(  # INSERT OR REPLACE deletes what it replaces, and fires no trigger for that
+            "CREATE TRIGGER audit_event_no_replace BEFORE INSERT ON audit_event "
+            "WHEN EXISTS (SELECT 1 FROM audit_event WHERE id = NEW.id) "
+            "BEGIN SELECT RAISE(ABORT, 'audit_event is append-only'); END"
+        )
         return
     op.execute(
         "CREATE FUNCTION audit_event_append_only() RETURNS trigger LANGUAGE plpgsql AS "
@@ -353,7 +358,7 @@ def _make_append_only() -> None:
 
 def _drop_append_only() -> None:
     if op.get_bind().dialect.name == "sqlite":
-        for verb in ("update", "delete"):
+        for verb in ("update", "delete", "replace"):
             op.execute(f"DROP TRIGGER audit_event_no_{verb}")
         return
     op.execute("DROP TRIGGER audit_event_no_change ON audit_event")
