@@ -25,6 +25,13 @@ IMAGING_MEASUREMENTS = Code("126010", "DCM", "Imaging Measurements")
 MEASUREMENT_GROUP = Code("125007", "DCM", "Measurement Group")
 QUALITATIVE_EVALUATIONS = Code("C0034375", "UMLS", "Qualitative Evaluations")
 
+# TID 2000, where a PACS shows nothing else
+DIAGNOSTIC_IMAGING_REPORT = Code("18748-4", "LN", "Diagnostic Imaging Report")
+PROCEDURE_DESCRIPTIONS = Code("55111-9", "LN", "Current Procedure Descriptions")
+FINDINGS = Code("59776-5", "LN", "Procedure Findings")
+IMPRESSIONS = Code("19005-8", "LN", "Impressions")
+PROCEDURE_DESCRIPTION = Code("121065", "DCM", "Procedure Description")
+
 # Context
 LANGUAGE = Code("121049", "DCM", "Language of Content Item and Descendants")
 ENGLISH = Code("en", "RFC5646", "English")

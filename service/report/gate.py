@@ -21,6 +21,7 @@ from pathlib import Path
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
+from pydicom.uid import BasicTextSRStorage
 
 from service.report import codes, words
 from service.report.header import MODEL_NAME
@@ -221,21 +222,23 @@ def _assertions_on_report(document: Dataset, evidence: Collection[str] | None) -
         yield "Observer Type is not Device"
     if not _valued(items, codes.DEVICE_OBSERVER_UID):
         yield "no Device Observer UID"
-    known = (*codes.PROCEDURES.values(), codes.IMAGING_PROCEDURE)
-    reported = [item.ConceptCodeSequence for item in _valued(items, codes.PROCEDURE_REPORTED)]
-    if not reported or not all(any(_is_code(value, code) for code in known) for value in reported):
-        yield "Procedure Reported is not of CID 100"
     if not all(
         str(item.TextValue).startswith(words.NOT_FOR_DIAGNOSIS) for item in _valued(items, codes.IMPRESSION)
     ):
         yield "the Impression does not begin with the words that it is unverified"
     if not _valued(items, codes.IMPRESSION) or not _valued(items, codes.FINDING):
         yield "no Finding or no Impression"
-    yield from _assertions_on_groups(items)
+    if document.get("SOPClassUID") != BasicTextSRStorage:
+        yield from _assertions_on_measurements(items)
     yield from _assertions_on_evidence(document, items, evidence)
 
 
-def _assertions_on_groups(items: list[Dataset]) -> Iterator[str]:
+def _assertions_on_measurements(items: list[Dataset]) -> Iterator[str]:
+    """TID 1500; a Basic Text SR has none of this."""
+    known = (*codes.PROCEDURES.values(), codes.IMAGING_PROCEDURE)
+    reported = [item.ConceptCodeSequence for item in _valued(items, codes.PROCEDURE_REPORTED)]
+    if not reported or not all(any(_is_code(value, code) for code in known) for value in reported):
+        yield "Procedure Reported is not of CID 100"
     groups = _valued(items, codes.MEASUREMENT_GROUP)
     if not groups:
         yield "no Measurement Group"

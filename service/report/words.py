@@ -5,8 +5,11 @@ Plain English for people, no markup. Knows nothing of DICOM encodings.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from hashlib import sha256
 
 from service.shared.messages import AnalysisOutput, Flag, SourceState
 
@@ -63,6 +66,11 @@ def comments(output: AnalysisOutput, revision_note: str, instances_not_listed: i
     return [text for part in said for text in paragraphs(part)]
 
 
+def parameters(output: AnalysisOutput) -> str:
+    """Every setting as applied and every digest, as `name=value; name=value`."""
+    return "; ".join(f"{name}={_plain(value)}" for name, value in _parameters(output))
+
+
 def shown_slices(output: AnalysisOutput) -> int:
     """Source slices that are, alone or in a slab, in an input that the model got."""
     return sum(source.state in (SourceState.SHOWN, SourceState.IN_SLAB) for source in output.retention.sources)
@@ -102,3 +110,26 @@ def _series_not_read(output: AnalysisOutput) -> list[str]:
         for candidate in output.candidates
         if not candidate.chosen
     ]
+
+
+def _parameters(output: AnalysisOutput) -> Iterator[tuple[str, object]]:
+    """Every setting as applied, in a fixed order; the prompt by its digest, the weights' folder not at all."""
+    yield from (("pruning." + key, output.pruning[key]) for key in sorted(output.pruning))
+    yield from (("preprocessing." + key, output.preprocessing[key]) for key in sorted(output.preprocessing))
+    model = output.model
+    yield "model", model.name
+    yield "architecture", model.architecture
+    yield "weights", f"sha256:{model.weights_sha256}"
+    yield "dtype", model.dtype
+    yield "device", model.device
+    yield "attention", model.attention
+    yield "transformers", model.transformers_version
+    yield "torch", model.torch_version
+    yield "prompt", f"sha256:{sha256(output.prompt.encode()).hexdigest()}"
+    yield "max_new_tokens", output.max_new_tokens
+    yield "retention", f"sha256:{output.arrays_sha256}"
+
+
+def _plain(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return " ".join(paragraphs(text)).replace(";", ",")

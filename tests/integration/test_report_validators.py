@@ -24,6 +24,7 @@ from service.report.retention_map import build_secondary_capture, wanted_frames
 from service.report.segmentation import build_segmentation
 from service.report.source import SourceStudy, read_source
 from service.report.structured_report import build_sr
+from service.report.text_report import build_text_report
 from service.shared.messages import Flag
 from service.shared.settings import ReportSettings, SrSopClass
 from tests.report_samples import BODY, HEAD, RUN, arrays_of, ct_header, output_for, write
@@ -198,6 +199,27 @@ def test_the_template_is_valid_for_pixelmed(body: SourceStudy, tmp_path: Path, s
     assert complaints == []
     assert "Found Root Template TID_1500" in said
     assert "IOD validation complete" in said
+
+
+@pytest.mark.parametrize("flags", [[], list(Flag)], ids=["none", "all"])
+def test_a_text_report_passes_the_gate(body: SourceStudy, flags: Sequence[Flag]) -> None:
+    """Basic Text SR on a real study."""
+    content = encode(build_text_report(output_for(body, flags=flags), body, ReportSettings(), run=RUN))
+
+    assert unexpected(content, body) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_text_report_is_valid_for_pixelmed(body: SourceStudy, tmp_path: Path) -> None:
+    """TID 2000; its rules of 2022 know the sections by their older codes, and say so without an error."""
+    path = tmp_path / "report.dcm"
+    path.write_bytes(encode(build_text_report(output_for(body), body, ReportSettings(), run=RUN)))
+
+    complaints, said = pixelmed(path)
+
+    assert [line for line in complaints if "Content Item not in template" not in line] == []
+    assert "Found Root Template TID_2000" in said
 
 
 @pytest.mark.slow
