@@ -376,10 +376,13 @@ class Spool:
         return self._associations / f"{association_id}.json"
 
     def _waiting(self) -> tuple[set[str], bool]:
-        """<study key>/<stem> of instances whose receipts wait, and whether every receipt could be read."""
+        """<study key>/<stem> of instances whose receipts wait, and whether every receipt could be read.
+
+        Those set aside count: what they name was acknowledged.
+        """
         stems = set()
-        complete = not any(self._unusable.iterdir())
-        for path in self.incoming():
+        complete = True
+        for path in (*self._unusable.iterdir(), *self.incoming()):
             try:
                 receipt = self.read(path)
             except FileNotFoundError:  # settled meanwhile

@@ -171,9 +171,7 @@ def test_silent_connections_take_no_room_from_senders(receiver: Running) -> None
         assert stores(receiver.port)
 
 
-def test_oldest_silent_connection_makes_room_for_the_next(
-    receiver: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oldest_silent_connection_makes_room_for_the_next(receiver: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their number is bounded, long before any timeout."""
     monkeypatch.setattr(acceptor_module, "MAX_UNASSOCIATED", 3)
     with ExitStack() as stack:
@@ -322,13 +320,21 @@ def test_empty_data_set_is_answered(receiver: Running) -> None:
     assert receipts(receiver.spool) == []
 
 
+def test_data_set_of_endlessly_nested_sequences_is_answered(receiver: Running) -> None:
+    """Reading it ends at the depth that Python allows; the sender gets 0xC210 and the association goes on."""
+    begin = struct.pack("<HH2sxxL", 0x0008, 0x1115, b"SQ", 0xFFFFFFFF) + struct.pack("<HHL", 0xFFFE, 0xE000, 0xFFFFFFFF)
+    association = associate(receiver.port)
+    statuses = [send(association, begin * 20_000), send_instance(association, instance(2))]
+    association.release()
+
+    assert statuses == [0xC210, 0x0000]
+
+
 @pytest.mark.parametrize("uid", ["../../x", "/tmp/owned", "..", "1.2/../../3"])
 def test_uid_that_is_a_path_is_refused(receiver: Running, uid: str, tmp_path: Path) -> None:
     """It is no UID: 0xC000, and no file anywhere."""
     before = sorted(tmp_path.rglob("*"))
-    data_set = encode(instance()).replace(
-        _ui(0x0008, 0x0018, f"{STUDY_UID}.1.1"), _ui(0x0008, 0x0018, uid)
-    )
+    data_set = encode(instance()).replace(_ui(0x0008, 0x0018, f"{STUDY_UID}.1.1"), _ui(0x0008, 0x0018, uid))
     association = associate(receiver.port)
     status = send(association, data_set, sop_instance_uid=uid)
     association.release()

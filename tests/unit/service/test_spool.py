@@ -368,6 +368,16 @@ def test_no_orphan_is_removed_while_a_receipt_cannot_be_read(spool: Spool, aside
     assert len(spool.instances(STUDY_UID)) == 1
 
 
+def test_instance_whose_receipt_was_set_aside_is_no_orphan(spool: Spool) -> None:
+    """A receipt that ingest could not use still says that its instance was acknowledged."""
+    spool.store(arrival(), encode(instance()), NOW)
+    spool.set_aside(spool.incoming()[0])
+
+    assert spool.orphans(LATER) == []
+    assert spool.recover(LATER).orphans == 0
+    assert len(spool.instances(STUDY_UID)) == 1
+
+
 def test_second_receiver_is_kept_away(spool: Spool) -> None:
     """Two receivers on one spool would clear each other's unfinished files."""
     spool.claim()
