@@ -306,6 +306,17 @@ def config_check(config: ConfigOption = None, as_json: JsonOption = False) -> No
 
 
 @app.command()
+def migrate(config: ConfigOption = None) -> None:
+    """Create the database or upgrade it; `serve` without --role does this by itself."""
+    settings = _load(config)
+    set_up_logging(settings.log, role="migrate")
+    settings.data.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if _upgraded(settings, _stop_on_signal()) is None:
+        raise SystemExit(1)
+    typer.echo("the database is at the newest migration")
+
+
+@app.command()
 def version() -> None:
     """The version of this software."""
     typer.echo(f"medpruner-pacs {VERSION} (research software, not a medical device)")
@@ -357,7 +368,7 @@ def _sessions_when_ready(settings: Settings, stop: Event) -> sessionmaker[Sessio
         try:
             if schema.is_current(engine):
                 return open_sessions(engine)
-            problem = "not upgraded yet; `serve` without --role, or `alembic upgrade head`, does it"
+            problem = "not upgraded yet; `migrate`, or `serve` without --role, does it"
         except DBAPIError as error:
             problem = f"{type(error).__name__}; see [database] url"
         if not said:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -118,7 +119,7 @@ def _stand_in_pacs(folder: Path) -> Iterator[StandInPacs]:
     folder.mkdir(mode=0o700)
 
     def keep(event: evt.Event) -> int:
-        uid = event.request.AffectedSOPInstanceUID
+        uid = event.file_meta.MediaStorageSOPInstanceUID
         write_durably(folder / f"{uid}.dcm", event.encoded_dataset())
         return 0x0000
 
@@ -230,7 +231,7 @@ def _tell(story: dict[str, Any], pacs: StandInPacs, config: Path, console: Conso
             console.print(Panel(readable(dataset), title="the Structured Report, as the PACS received it"))
             console.print(f"It lies in {path}", markup=False, highlight=False, soft_wrap=True)
     study = story["study"]["id"]
-    relative = os.path.relpath(config)
+    relative = shlex.quote(os.path.relpath(config))
     console.print(
         f"Look further:  ./run show {study} --config {relative}\n"
         f"               ./run history --config {relative}\n"
