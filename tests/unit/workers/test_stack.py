@@ -65,6 +65,10 @@ def test_localizers_and_captures_in_the_series_are_left_out_with_their_reason() 
         image(0, 21, sop_class_uid="1.2.840.10008.5.1.4.1.1.7", position=None, orientation=None),
         image(0, 22, image_type=("DERIVED", "SECONDARY", "AXIAL", "MPR")),
         image(0, 23, samples_per_pixel=3),
+        image(0, 24, image_type=("ORIGINAL", "SECONDARY", "AXIAL")),
+        image(0, 25, image_type=("ORIGINAL", "PRIMARY", "MPR")),
+        image(0, 26, sop_class_uid="1.2.840.10008.5.1.4.1.1.88.33"),
+        image(0, 27, readable=False),
     ]
 
     stack = arrange(headers)
@@ -75,6 +79,10 @@ def test_localizers_and_captures_in_the_series_are_left_out_with_their_reason() 
         (21, "screen capture or dose sheet"),
         (22, "derived image (reformat, projection or map)"),
         (23, "colour image"),
+        (24, "derived image (reformat, projection or map)"),
+        (25, "derived image (reformat, projection or map)"),
+        (26, "not a CT or MR image object"),
+        (27, "not readable as DICOM"),
     ]
 
 
@@ -181,6 +189,18 @@ def test_a_second_acquisition_that_continues_the_first_is_kept() -> None:
     stack = arrange(first + second)
 
     assert len(stack.slices) == 40
+    assert stack.other_volumes == ()
+
+
+def test_a_short_acquisition_beyond_the_end_is_kept_although_positions_repeat() -> None:
+    """The last slices of the table range are not lost because another slice came twice."""
+    first = [image(5.0 * n, n, acquisition_number=1) for n in range(40)]
+    again = image(25.0, 90, acquisition_number=1)
+    last = [image(5.0 * n, n, acquisition_number=2) for n in range(40, 43)]
+
+    stack = arrange([*first, again, *last])
+
+    assert len(stack.slices) == 43
     assert stack.other_volumes == ()
 
 
