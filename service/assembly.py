@@ -21,7 +21,7 @@ from threading import Event
 import structlog
 from pydicom import Dataset, dcmread
 from sqlalchemy import select
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.shared import audit, transitions
@@ -34,6 +34,7 @@ from service.spool import Receipt, ReceiptError, Spool, key
 
 ACTOR = "service/ingest"
 BATCH = 100  # receipts per transaction
+LOCK_WAIT_S = 0.2
 
 HEADER = (
     "SpecificCharacterSet",
@@ -49,6 +50,9 @@ HEADER = (
     "Rows",
     "ContributingEquipmentSequence",
 )
+
+IDENTITY = ("patient_id", "issuer_of_patient_id", "patient_name", "patient_birth_date")  # columns of StudyHeader
+MAX_DEVICES = 100  # contributing equipment that is compared with ours; more is no real object
 
 log = structlog.get_logger(__name__)
 
@@ -109,43 +113,37 @@ def routable_modalities(settings: Settings) -> frozenset[str]:
 
 def ingest_for_ever(settings: Settings, sessions: sessionmaker[Session], spool: Spool, stop: Event) -> None:
     """Turn receipts into rows and close quiet studies, until `stop`; survives a database that is away."""
-    with _only_one(spool.path):
+    with _only_one(spool.path, stop):
         rebuilt = False
         while not stop.is_set():
+            now, done = datetime.now(UTC), 0
             try:
                 if not rebuilt:
-                    rebuild(settings, sessions, spool, datetime.now(UTC))
+                    rebuild(settings, sessions, spool, now)
                     rebuilt = True
-                ingest(settings, sessions, spool)
-                complete_quiet(settings, sessions, spool, datetime.now(UTC))
-            except DBAPIError as error:
+                done = ingest(settings, sessions, spool, now)
+                complete_quiet(settings, sessions, spool, now)
+            except (OperationalError, InterfaceError) as error:
                 log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
-            stop.wait(min(settings.assembly.sweep_s, 1.0))
+            except Exception as error:  # noqa: BLE001  # this loop must live; what went wrong is logged and tried again
+                log.error("ingest_fault", error=explain_exception(error))
+            if not done:
+                stop.wait(min(settings.assembly.sweep_s, 1.0))
 
 
-def ingest(settings: Settings, sessions: sessionmaker[Session], spool: Spool) -> int:
-    """Every waiting receipt -> rows, in batches; how many. A study is judged only after this found nothing left."""
+def ingest(settings: Settings, sessions: sessionmaker[Session], spool: Spool, now: datetime) -> int:
+    """Every receipt that waits now -> rows, in batches; how many. What comes meanwhile is for the next call.
+
+    Studies may then be judged as of `now`: all that was acknowledged before is in the rows. Waiting until nothing
+    is left instead would judge no study for as long as senders are busy.
+    """
     done = 0
-    while waiting := spool.incoming():
-        for batch in _batches(waiting):
-            done += _ingest_batch(settings, sessions, spool, batch)
+    for batch in _batches(spool.incoming()):
+        taken = _take_batch(settings, sessions, spool, batch, now, held=False)
+        for path, receipt in taken:  # after the commit: a receipt that waits still is ingested again, harmlessly
+            spool.settle(path, receipt)
+        done += len(taken)
     return done
-
-
-def _ingest_batch(settings: Settings, sessions: sessionmaker[Session], spool: Spool, paths: Iterable[Path]) -> int:
-    receipts = [(path, receipt) for path in paths if (receipt := _readable(sessions, spool, path)) is not None]
-    try:
-        with sessions.begin() as session:
-            take(session, settings, spool, [receipt for _, receipt in receipts], datetime.now(UTC), held=False)
-    except (DataError, IntegrityError) as error:
-        # the database takes one of these values for impossible: it must not keep the others waiting for ever
-        if len(receipts) > 1:
-            return sum(_ingest_batch(settings, sessions, spool, [path]) for path, _ in receipts)
-        _set_aside(sessions, spool, receipts[0][0], f"the database refuses it ({type(error).__name__})")
-        return 0
-    for path, receipt in receipts:  # after the commit: a receipt that waits still is ingested again, harmlessly
-        spool.settle(path, receipt)
-    return len(receipts)
 
 
 def rebuild(settings: Settings, sessions: sessionmaker[Session], spool: Spool, now: datetime) -> int:
@@ -154,13 +152,34 @@ def rebuild(settings: Settings, sessions: sessionmaker[Session], spool: Spool, n
     with sessions() as session:
         known = set(session.scalars(select(Instance.path)))
     missing = [path for path in spool.settled() if f"studies/{path.parent.name}/{path.stem}.dcm" not in known]
-    for batch in _batches(missing):
-        receipts = [receipt for path in batch if (receipt := _readable(sessions, spool, path)) is not None]
-        with sessions.begin() as session:
-            take(session, settings, spool, receipts, now, held=True)
+    done = sum(len(_take_batch(settings, sessions, spool, batch, now, held=True)) for batch in _batches(missing))
     if missing:
-        log.warning("rows_rebuilt_from_spool", instances=len(missing), remedy="`requeue STUDY` releases a held study")
-    return len(missing)
+        log.warning("rows_rebuilt_from_spool", instances=done, remedy="`requeue STUDY` releases a held study")
+    return done
+
+
+def _take_batch(
+    settings: Settings,
+    sessions: sessionmaker[Session],
+    spool: Spool,
+    paths: Iterable[Path],
+    now: datetime,
+    *,
+    held: bool,
+) -> list[tuple[Path, Receipt]]:
+    """Commit the rows of these receipts, and return those that were taken; what cannot be used is set aside."""
+    receipts = [(path, receipt) for path in paths if (receipt := _readable(sessions, spool, path)) is not None]
+    try:
+        with sessions.begin() as session:
+            take(session, settings, spool, [receipt for _, receipt in receipts], now, held=held)
+    except (DataError, IntegrityError) as error:
+        # the database takes one of these values for impossible: it must not keep the others waiting for ever
+        if len(receipts) > 1:
+            alone = (_take_batch(settings, sessions, spool, [path], now, held=held) for path, _ in receipts)
+            return [one for taken in alone for one in taken]
+        _set_aside(sessions, spool, receipts[0][0], f"the database refuses it ({type(error).__name__})")
+        return []
+    return receipts
 
 
 def complete_quiet(settings: Settings, sessions: sessionmaker[Session], spool: Spool, now: datetime) -> list[int]:
@@ -312,16 +331,37 @@ def _open(session: Session, study: Study, header: Dataset, receipt: Receipt, now
     arrived = _study_header(study.id, header, salt=secrets.token_hex(16))
     if present is None:
         session.add(arrived)
-    elif are_different(_patient(present), _patient(arrived)) and not study.patient_mismatch:
-        study.patient_mismatch = True
-        audit.append(session, AuditKind.PATIENT_MISMATCH, now=now, actor=ACTOR, study_id=study.id)
-        log.error("patient_mismatch", study_id=study.id, remedy="correct the study at its source and send it again")
+    elif are_different(_patient(present), _patient(arrived)):
+        if not study.patient_mismatch:
+            study.patient_mismatch = True
+            audit.append(session, AuditKind.PATIENT_MISMATCH, now=now, actor=ACTOR, study_id=study.id)
+            log.error("patient_mismatch", study_id=study.id, remedy="correct the study at its source and send it again")
+    elif _fill_in(present, arrived):
+        audit.append(
+            session,
+            AuditKind.STUDY_HEADER_FILLED,
+            now=now,
+            actor=ACTOR,
+            study_id=study.id,
+            vouches_sha256=vouch_for_header(present),
+        )
     vouched = present or arrived
     if transitions.open_study(session, study, now=now, actor=ACTOR, vouches_sha256=vouch_for_header(vouched)):
         log.info("study_opened", study_id=study.id, revision=study.revision, calling_ae=receipt.calling_ae)
     if study.last_image_at is None or receipt.received_at > study.last_image_at:
         study.last_image_at = receipt.received_at
         study.calling_ae = receipt.calling_ae
+
+
+def _fill_in(present: StudyHeader, arrived: StudyHeader) -> bool:
+    """Let a later instance say who the patient is where earlier ones were silent; whether anything was filled in.
+
+    Else two instances that each contradict only the other would both agree with the silent first one.
+    """
+    silent = [name for name in IDENTITY if not getattr(present, name) and getattr(arrived, name)]
+    for name in silent:
+        setattr(present, name, getattr(arrived, name))
+    return bool(silent)
 
 
 def vouch_for_header(header: StudyHeader) -> str:
@@ -355,11 +395,20 @@ def _patient(header: StudyHeader) -> Patient:
 
 def _is_own_result(session: Session, receipt: Receipt, header: Dataset) -> bool:
     """One of our results came back: by its UID, or by the device that says it contributed."""
-    devices = [str(item.get("DeviceUID", "")) for item in header.get("ContributingEquipmentSequence") or ()]
     known = select(Result.id).where(
-        (Result.sop_instance_uid == receipt.sop_instance_uid) | Result.device_uid.in_([one for one in devices if one])
+        (Result.sop_instance_uid == receipt.sop_instance_uid) | Result.device_uid.in_(_devices(header))
     )
     return session.scalar(known.limit(1)) is not None
+
+
+def _devices(header: Dataset) -> list[str]:
+    """The Device UIDs of the contributing equipment; none where that cannot be read."""
+    try:
+        found = [str(item.get("DeviceUID", "")) for item in header.get("ContributingEquipmentSequence") or ()]
+    except Exception as error:  # noqa: BLE001  # a sender may write anything under this tag
+        log.warning("attribute_unreadable", keyword="ContributingEquipmentSequence", error=type(error).__name__)
+        return []
+    return [uid for uid in found if uid][:MAX_DEVICES]
 
 
 def _header(path: Path) -> Dataset:
@@ -372,12 +421,14 @@ def _header(path: Path) -> Dataset:
 
 
 def _text(header: Dataset, keyword: str) -> str:
+    """The value as a database can keep it: without NUL, and what no encoding can write as a question mark."""
     try:
         value = header.get(keyword)
+        text = "" if value is None else str(value)
     except Exception as error:  # noqa: BLE001  # a value that breaks its VR; the text would quote it
         log.warning("attribute_unreadable", keyword=keyword, error=type(error).__name__)
         return ""
-    return "" if value is None else str(value).strip().replace("\0", "")
+    return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "").strip()
 
 
 def _readable(sessions: sessionmaker[Session], spool: Spool, path: Path) -> Receipt | None:
@@ -393,18 +444,23 @@ def _readable(sessions: sessionmaker[Session], spool: Spool, path: Path) -> Rece
 
 
 def _set_aside(sessions: sessionmaker[Session], spool: Spool, path: Path, reason: str) -> None:
+    with sessions.begin() as session:  # first, so that a database that is away loses no event
+        audit.append(session, AuditKind.RECEIPT_UNUSABLE, now=datetime.now(UTC), actor=ACTOR, file=path.name)
     aside = spool.set_aside(path)
     log.error("receipt_unusable", file=str(aside), reason=reason)
-    with sessions.begin() as session:
-        audit.append(session, AuditKind.RECEIPT_UNUSABLE, now=datetime.now(UTC), actor=ACTOR, file=aside.name)
 
 
 @contextmanager
-def _only_one(spool: Path) -> Iterator[None]:
-    """Wait until no other ingest works on this spool: two would judge studies on half of what arrived."""
+def _only_one(spool: Path, stop: Event) -> Iterator[None]:
+    """Wait until no other ingest works on this spool, or until `stop`: two would judge studies on half of what came."""
     descriptor = os.open(spool / "ingest.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while not stop.is_set():
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                stop.wait(LOCK_WAIT_S)
         yield
     finally:
         os.close(descriptor)

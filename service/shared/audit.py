@@ -20,6 +20,7 @@ class AuditKind(StrEnum):
     RECEIPT_UNUSABLE = "receipt-unusable"  # a receipt whose instance cannot be found or read
     RESULT_RETURNED = "result-returned"  # one of our own results came back; nothing reopened
     PATIENT_MISMATCH = "patient-mismatch"  # conflicting patient identifiers under one Study Instance UID
+    STUDY_HEADER_FILLED = "study-header-filled"  # a later instance names the patient where the first did not
     STUDY_OPENED = "study-opened"  # the first image instance
     STUDY_REOPENED = "study-reopened"  # a late image instance: a new revision
     STUDY_COMPLETE = "study-complete"
