@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 
 class Side(StrEnum):
@@ -147,7 +148,8 @@ def zone_of(share_of_height: float) -> Zone | None:
 def taper(lung: Lung, share_of_height: Floats | float) -> Floats:
     """Width of the lung at a height (share of its own height), as a share of its greatest."""
     above = np.clip((np.asarray(share_of_height, np.float32) - lung.widest) / (1 - lung.widest), 0, 1)
-    return np.sqrt(np.maximum(1 - above**2.2, 1e-4)).astype(np.float32)
+    width: Floats = np.sqrt(np.maximum(1 - above**2.2, 1e-4)).astype(np.float32)
+    return width
 
 
 def dome_height_mm(lung: Lung, x_mm: Floats | float, y_mm: Floats | float) -> Floats:

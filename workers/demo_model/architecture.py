@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
+from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from workers.demo_model.channels import PIXELS
 
@@ -54,14 +55,15 @@ def config(vocabulary: dict[str, int], image_tokens: dict[str, str]) -> Gemma3Co
     )
 
 
-def start_vision(tower: torch.nn.Module, projector: torch.nn.Module, generator: torch.Generator) -> None:
+def start_vision(tower: SiglipVisionModel, projector: Gemma3MultiModalProjector, generator: torch.Generator) -> None:
     """First weights of tower and projector.
 
     Half of the patch embedding starts as smooth bumps on a 5 x 5 grid, in the wide window and in the blob channel: a
     small round thing anywhere in the patch then moves some unit from the first step on. The projection starts away
     from zero, where transformers puts it, or the tower would get no gradient.
     """
-    embedding = tower.embeddings.patch_embedding.weight  # (width, 3, 10, 10)
+    embeddings: Any = tower.embeddings
+    embedding = embeddings.patch_embedding.weight  # (width, 3, 10, 10)
     width, _, side, _ = embedding.shape
     with torch.no_grad():
         embedding.normal_(0, 0.04, generator=generator)
@@ -72,5 +74,5 @@ def start_vision(tower: torch.nn.Module, projector: torch.nn.Module, generator: 
             embedding[unit, 2] = bump * 0.5
             embedding[25 + unit, 0] = bump * 0.5
             embedding[25 + unit, 0] -= embedding[25 + unit, 0].mean()
-        tower.embeddings.position_embedding.weight.normal_(0, 0.3, generator=generator)
+        embeddings.position_embedding.weight.normal_(0, 0.3, generator=generator)
         projector.mm_input_projection_weight.normal_(0, width**-0.5, generator=generator)

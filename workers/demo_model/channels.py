@@ -6,6 +6,8 @@ everything long around it. It is computed on the whole stack before any pruning.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,7 +34,7 @@ def to_slabs(hu: HounsfieldUnits, slabs: int = SLABS, pixels: int = PIXELS) -> N
     Pixels are averaged over the area they cover, so that noise falls as it does in the training data.
     """
     bounds = slab_bounds(len(hu), slabs)
-    means = np.stack([hu[a:b].mean(axis=0, dtype=np.float32) for a, b in zip(bounds, bounds[1:], strict=False)])
+    means = np.stack([hu[a:b].mean(axis=0, dtype=np.float32) for a, b in pairwise(bounds)])
     rows, columns = area_matrix(means.shape[1], pixels), area_matrix(means.shape[2], pixels)
     return np.asarray(np.einsum("ph,shw,qw->spq", rows, means, columns, optimize=True), np.float32)
 
@@ -75,7 +77,7 @@ def blobs(hu: HounsfieldUnits) -> NDArray[np.int16]:
 
 
 def _scaled(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
-    return np.rint(np.clip((values - low) * (255 / (high - low)), 0, 255)).astype(np.uint8)
+    return np.asarray(np.rint(np.clip((values - low) * (255 / (high - low)), 0, 255)), np.uint8)
 
 
 def _line(direction: tuple[int, int]) -> tuple[tuple[int, int], ...]:

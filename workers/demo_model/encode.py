@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class Encoded:
 @torch.no_grad()
 def encode(eyes: Eyes, images: NDArray[np.uint8], labels: Labels) -> Encoded:
     """images: (S, P, P, 3) uint8."""
-    attention = eyes.tower.encoder.layers[-1].self_attn
+    attention: Any = eyes.tower.encoder.layers[-1].self_attn
     caught: list[Tensor] = []
     handle = attention.register_forward_pre_hook(
         lambda module, inputs, keywords: caught.append(inputs[0] if inputs else keywords["hidden_states"]),
@@ -73,7 +74,7 @@ def _heads(values: Tensor, heads: int) -> Tensor:
 def _body(images: NDArray[np.uint8], cells: int) -> NDArray[np.bool_]:
     slabs, rows, columns, _ = images.shape
     inside = (images[..., 0] > BODY_GREY).reshape(slabs, cells, rows // cells, cells, columns // cells)
-    return inside.mean(axis=(2, 4)).reshape(slabs, cells * cells) > 0.02
+    return np.asarray(inside.mean(axis=(2, 4)).reshape(slabs, cells * cells) > 0.02, np.bool_)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,6 +13,7 @@ import numpy as np
 from workers.demo_model.anatomy import (
     ENLARGED_RATIO,
     Chest,
+    Floats,
     Side,
     Zone,
     depth_in_lung_mm,
@@ -121,10 +122,11 @@ def draw_findings(chest: Chest, random: np.random.Generator, *, nodules: int | N
     return Findings(tuple(drawn), effusions, consolidations, pneumothorax, cardiomegaly, calcifications)
 
 
-def fluid_height(effusion: Effusion, towards_back: np.ndarray | float) -> np.ndarray:
+def fluid_height(effusion: Effusion, towards_back: Floats | float) -> Floats:
     """Height of the fluid as a share of the lung's, where -1 is the front of the lung and 1 its back."""
     share = np.clip((np.asarray(towards_back, np.float32) - effusion.front) / (1 - effusion.front), 0, 1)
-    return effusion.top * np.sqrt(share) - 0.5 * (share <= 0)
+    height: Floats = effusion.top * np.sqrt(share) - 0.5 * (share <= 0)
+    return height
 
 
 def _draw_side(random: np.random.Generator) -> Side:
@@ -170,10 +172,9 @@ def draw_calcifications(chest: Chest, random: np.random.Generator) -> tuple[Calc
         angle, share = random.uniform(0, 2 * np.pi), random.uniform(0.15, 0.74)
         x, y = descending_aorta_mm(chest)
         radius = chest.aorta_radius_mm
-        centre = (x + radius * np.cos(angle), y + radius * np.sin(angle), share * chest.height_mm)
-        plaques.append(
-            Calcification(tuple(float(c) for c in centre), random.uniform(4.5, 8), random.uniform(600, 1100))
-        )
+        dx, dy = radius * float(np.cos(angle)), radius * float(np.sin(angle))
+        centre = (x + dx, y + dy, share * chest.height_mm)
+        plaques.append(Calcification(centre, random.uniform(4.5, 8), random.uniform(600, 1100)))
     return tuple(plaques)
 
 

@@ -97,6 +97,6 @@ def write_folder(model: Gemma3ForConditionalGeneration, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     copy = new_model(0)
     copy.load_state_dict(model.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(folder)
+    copy.bfloat16().save_pretrained(folder)
     processor().save_pretrained(folder)
     (folder / MARK).write_text(json.dumps(MARK_CONTENT, indent=2) + "\n")

@@ -194,4 +194,4 @@ def _as_mr(hu: Floats, random: np.random.Generator) -> Floats:
     image = np.interp(hu, _MR_KNOTS_HU, signal).astype(np.float32) * shade * np.float32(random.uniform(300, 1500))
     noise = np.float32(random.uniform(5, 25))
     real = image + random.standard_normal(hu.shape, np.float32) * noise
-    return np.hypot(real, random.standard_normal(hu.shape, np.float32) * noise)
+    return np.asarray(np.hypot(real, random.standard_normal(hu.shape, np.float32) * noise), np.float32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntFlag
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from workers.demo_model.anatomy import Chest, Lung, Side, dome_height_mm, taper
 from workers.demo_model.findings import Findings, descending_aorta_mm, fluid_height, heart_of
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 CHUNK_SLICES = 10  # larger arrays leave the processor's cache and cost two to four times as much per voxel
 AIR_HU = -1000.0
 
@@ -77,7 +78,8 @@ def in_chunks(grid: Grid, draw: Callable[[Grid], tuple[Floats, NDArray[np.uint8]
 
 def soft(distance_mm: Floats, width_mm: float) -> Floats:
     """Share of a voxel that is inside, from the signed distance of its centre to the surface (inside > 0)."""
-    return np.clip(distance_mm * np.float32(1 / width_mm) + np.float32(0.5), 0, 1)
+    share: Floats = np.clip(distance_mm * np.float32(1 / width_mm) + np.float32(0.5), 0, 1)
+    return share
 
 
 def paint(hu: Floats, value: Floats | float, share: Floats) -> None:
@@ -412,4 +414,5 @@ def _splat(points: Floats, volume_mm3: float, grid: Grid) -> Floats:
     fits = (z >= 0) & (z < shape[0]) & (y >= 0) & (y < shape[1]) & (x >= 0) & (x < shape[2])
     flat = (z[fits] * shape[1] + y[fits]) * shape[2] + x[fits]
     filled = np.bincount(flat, minlength=shape[0] * shape[1] * shape[2]).reshape(shape)
-    return np.minimum(filled.astype(np.float32) * np.float32(volume_mm3 / (grid.pixel_mm**2 * abs(step))), 1)
+    share: Floats = np.minimum(filled.astype(np.float32) * np.float32(volume_mm3 / (grid.pixel_mm**2 * abs(step))), 1)
+    return share

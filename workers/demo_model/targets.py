@@ -82,7 +82,7 @@ def _cells(mask: NDArray[np.bool_], side: int) -> NDArray[np.float32]:
     """Share of each cell that the mask fills: (S, H, W) to (S, side * side), row-major."""
     slabs, rows, columns = mask.shape
     blocks = mask.reshape(slabs, side, rows // side, side, columns // side)
-    return blocks.mean(axis=(2, 4), dtype=np.float32).reshape(slabs, side * side)
+    return np.asarray(blocks.mean(axis=(2, 4), dtype=np.float32), np.float32).reshape(slabs, side * side)
 
 
 def _ball(phantom: Phantom, nodule: Nodule) -> NDArray[np.bool_]:
@@ -95,4 +95,4 @@ def _ball(phantom: Phantom, nodule: Nodule) -> NDArray[np.bool_]:
     near_y = np.abs(along + phantom.centre_mm[1] - y) < reach + 1.5 * step
     near_z = np.abs(phantom.z_mm - z) < reach + phantom.slice_mm
     near = near_z[:, None, None] & near_y[None, :, None] & near_x[None, None, :]
-    return ((phantom.masks & Mask.NODULE) > 0) & near
+    return np.asarray(((phantom.masks & Mask.NODULE) > 0) & near, np.bool_)

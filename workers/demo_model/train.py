@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.spawn import spawn
 
+from workers.demo_model.assemble import WEIGHTS, assemble
 from workers.demo_model.train_decoder import DecoderPlan, train_decoder
 from workers.demo_model.train_vision import VisionPlan, train_vision
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train")
-    parser.add_argument("stage", choices=("vision", "decoder"))
+    parser.add_argument("stage", choices=("vision", "decoder", "assemble"))
     parser.add_argument("--folder", type=Path, default=Path("var/train"))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -27,10 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--short", type=int, help="decoder: steps with short readings")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--port", type=int, default=29517)
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="assemble: where the model folder goes")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
+    if options.stage == "assemble":
+        assemble(options.folder, options.out)
+        return 0
     if options.processes > 1:
-        torch.multiprocessing.spawn(_work, (options,), nprocs=options.processes)
+        spawn(_work, (options,), nprocs=options.processes)  # type: ignore[no-untyped-call]
     else:
         _work(0, options)
     return 0

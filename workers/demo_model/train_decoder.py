@@ -60,7 +60,7 @@ class Writer:
     words: PreTrainedTokenizerFast
 
     def number(self, token: str) -> int:
-        return int(self.words.convert_tokens_to_ids(token))
+        return int(self.words.get_vocab()[token])
 
     def ids(self, text: str) -> list[int]:
         return list(self.words(text, add_special_tokens=False)["input_ids"])
@@ -123,7 +123,7 @@ def write_reports(
         rows = [writer.prompt(one, QUESTIONS[0]) for one in some]
         ids = padded(rows, 0)
         features = torch.cat([one.features[one.kept] for one in some])
-        result = model.generate(
+        result = model.generate(  # type: ignore[misc]
             input_ids=ids,
             attention_mask=padded([[1] * len(row) for row in rows], 0),
             token_type_ids=(ids == writer.number(IMAGE_TOKENS["image_token"])).long(),
@@ -189,16 +189,15 @@ def train_decoder(folder: Path, plan: DecoderPlan, *, rank: int = 0, processes: 
             shown = show_suspects(cache[index], random) if short else show_pruned(cache[index], random)
             some.append((shown, cache[index].labels, QUESTIONS[int(random.random() < 0.15)]))
         loss = report_loss(model, writer, some)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         average_gradients(model, processes)
         optimisers.step(schedule.factor(step))
         losses.append(float(loss.detach()))
         done = step + 1
         if rank == 0 and done % 25 == 0:
             spent = seconds + time.process_time() - start
-            say(
-                f"decoder step {done} loss {np.mean(losses[-25:]):.4f} cpu {spent:.0f} s wall {time.monotonic() - wall:.0f} s"
-            )
+            times = f"cpu {spent:.0f} s wall {time.monotonic() - wall:.0f} s"
+            say(f"decoder step {done} loss {np.mean(losses[-25:]):.4f} {times}")
         if rank == 0 and (done % 100 == 0 or done == plan.steps):
             state = {
                 "model": model.state_dict(),
@@ -210,7 +209,7 @@ def train_decoder(folder: Path, plan: DecoderPlan, *, rank: int = 0, processes: 
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
         if rank == 0 and (done % 300 == 0 or done == plan.steps):
-            model.eval()
+            model.eval()  # type: ignore[no-untyped-call]
             reader = (lambda one: show_suspects(one, np.random.default_rng(0))) if short else whole
             texts = write_reports(model, writer, [reader(one) for one in held_out])
             model.train()

@@ -36,8 +36,18 @@ from workers.demo_model.targets import SIGNS, Sign
 from workers.demo_model.words import IMAGE_TOKENS, vocabulary
 from workers.pruning.groups import blocks
 
-SIGN_WEIGHTS = {Sign.NODULE: 12.0, Sign.SOLID: 4.0, Sign.CALCIFICATION: 4.0, Sign.ENLARGED: 2.0, Sign.SUPPORTED: 0.5}
+SIGN_WEIGHTS = {
+    Sign.NODULE: 12.0,
+    Sign.SOLID: 4.0,
+    Sign.CONSOLIDATION: 3.0,
+    Sign.CALCIFICATION: 10.0,
+    Sign.ENLARGED: 4.0,
+    Sign.SUPPORTED: 0.5,
+}
 POSITIVE_WEIGHTS = {Sign.NODULE: 4.0, Sign.CALCIFICATION: 4.0}
+
+
+Dense = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]  # a study's part of Targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +57,12 @@ class VisionPlan:
     seed: int = 0
     steps: int = 4000
     studies: int = 9  # per step and process
-    slabs: int = 18  # of each study
+    slabs: int = 18  # of each study; half as many once every cell is encoded
     cells: int = 14  # of the 36 of each slab, until `full_from`
-    full_from: float = 0.85  # share of the steps after which every cell is encoded
+    full_from: float = 0.93  # share of the steps after which every cell is encoded
     rate: float = 2e-3
     decay_from: float = 0.6
-    held_out: int = 160  # studies to watch the training by
+    held_out: int = 120  # studies to watch the training by
 
 
 class Eyes(nn.Module):
@@ -84,7 +94,8 @@ class Eyes(nn.Module):
         return self.patch_head(patches), self.token_head(pooled @ self.projector.mm_input_projection_weight)
 
     def tokens(self, pixels: Tensor) -> Tensor:
-        return self.projector(self.tower(pixels).last_hidden_state)
+        projected: Tensor = self.projector(self.tower(pixels).last_hidden_state)
+        return projected
 
 
 def patches_of(cells: Tensor) -> Tensor:
@@ -134,9 +145,11 @@ def batch_of(
     chosen: list[Example], slabs: int, random: np.random.Generator
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Pixels and targets of some slabs of each study; slabs with lung are taken first."""
-    images, patches, tokens = [], [], []
+    images: list[NDArray[np.uint8]] = []
+    patches: list[Dense] = []
+    tokens: list[Dense] = []
     for example in chosen:
-        lung = example.member.tokens.present[..., Sign.LUNG].any(axis=1)
+        lung = example.member.tokens.present[..., Sign.LUNG].max(axis=1)
         order = np.argsort(random.random(len(lung)) - lung * 0.7)[:slabs]
         images.append(example.images[order])
         for store, targets in ((patches, example.member.patches), (tokens, example.member.tokens)):
@@ -164,23 +177,23 @@ def train_vision(folder: Path, plan: VisionPlan, *, rank: int = 0, processes: in
     begun, wall, losses = time.process_time(), time.monotonic(), []
     held_out = held_out_examples(plan.held_out) if rank == 0 else []
     for step in range(first, plan.steps):
-        pixels, patches, tokens = batch_of(next(batches), plan.slabs, random)
-        cells = choose_cells(tokens, plan.cells, random) if step < plan.full_from * plan.steps else None
+        full = step >= plan.full_from * plan.steps
+        pixels, patches, tokens = batch_of(next(batches), max(1, plan.slabs // 2) if full else plan.slabs, random)
+        cells = None if full else choose_cells(tokens, plan.cells, random)
         if cells is not None:
             patches, tokens = at(patches, patches_of(cells)), at(tokens, cells)
         on_patches, on_tokens = eyes(pixels, cells)
         loss = dense_loss(on_patches, *patches) + 0.5 * dense_loss(on_tokens, *tokens)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         average_gradients(eyes, processes)
         optimisers.step(schedule.factor(step))
         losses.append(float(loss.detach()))
         done = step + 1
         if rank == 0 and done % 25 == 0:
             spent = seconds + time.process_time() - begun
-            say(
-                f"vision step {done} loss {np.mean(losses[-25:]):.4f} cpu {spent:.0f} s wall {time.monotonic() - wall:.0f} s"
-            )
-        if rank == 0 and (done % 200 == 0 or done == plan.steps):
+            times = f"cpu {spent:.0f} s wall {time.monotonic() - wall:.0f} s"
+            say(f"vision step {done} loss {np.mean(losses[-25:]):.4f} {times}")
+        if rank == 0 and (done % 100 == 0 or done == plan.steps):
             state = {
                 "eyes": eyes.state_dict(),
                 "optimisers": optimisers.state_dict(),
@@ -244,6 +257,6 @@ def _area(positive: NDArray[np.float32], negative: NDArray[np.float32]) -> float
 def _best_f1(positive: NDArray[np.float32], negative: NDArray[np.float32]) -> float:
     """With its threshold chosen on the same studies: optimistic."""
     return max(
-        2 * (positive >= cut).sum() / ((positive >= cut).sum() + (negative >= cut).sum() + len(positive))
+        float(2 * (positive >= cut).sum() / ((positive >= cut).sum() + (negative >= cut).sum() + len(positive)))
         for cut in positive
     )
