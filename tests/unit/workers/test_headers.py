@@ -52,6 +52,7 @@ def test_enhanced_object_gives_one_header_per_frame(tmp_path: Path) -> None:
         ("ImagePositionPatient", "position", b"1\\2\\nan "),
         ("ImagePositionPatient", "position", b"here  "),
         ("ImageOrientationPatient", "orientation", b"1\\0\\0\\1\\0\\0 "),
+        ("ImageOrientationPatient", "orientation", b"2\\0\\0\\0\\1\\0 "),
         ("ImageOrientationPatient", "orientation", b""),
         ("PixelSpacing", "pixel_spacing", b"0\\0 "),
         ("RescaleSlope", "rescale_slope", b"one "),
