@@ -13,20 +13,37 @@ import numpy as np
 from service.shared import VERSION
 from service.shared.durable import digest
 from service.shared.messages import (
+    TOKEN_CODES,
     AnalysisOutput,
     Counts,
     Flag,
+    RegionCoverage,
     Retention,
     RetentionArrays,
     SourceInstance,
     SourceState,
+    TokenState,
 )
 from service.shared.settings import PruningMethod, PruningSettings, Settings
+from workers.guide import Guide
 from workers.preprocess import Prepared, prepare
 from workers.sections import Sections, parse
 from workers.series import Choice, choose, read_headers
 from workers.vlm import Generation, VisionLanguageModel
+from workers.vlm.prompt import DroppedSlices
 from workers.volume import Volume, load
+
+# Settings of [pruning] that only one method reads.
+_OF_MEDPRUNER = ("gamma", "temperature", "contextual_fraction")
+_TOKENS_OF_GUARDED = (
+    "sink_ratio",
+    "salience_floor",
+    "coverage_lung",
+    "coverage_other",
+    "merge_similarity",
+    "token_budget",
+)
+_OF_GUARDED = ("slab_mm", "slab_operation", "tile_change", "gap_cap_mm", *_TOKENS_OF_GUARDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +69,21 @@ def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, 
     with clock("volume"):
         volume = load([header for header in headers if header.series_uid == choice.series_uid], settings.series)
     with clock("preprocess"):
-        prepared = prepare(volume, settings.series)
+        prepared = prepare(volume, settings.series, settings.pruning)
+    with clock("regions"):
+        guide = prepared.guide(volume)
     generation = model.read(
-        prepared.pixels, request.prompt, settings.pruning, max_new_tokens=settings.model.max_new_tokens
+        prepared.pixels,
+        request.prompt,
+        settings.pruning,
+        max_new_tokens=settings.model.max_new_tokens,
+        dropped=DroppedSlices(settings.pruning.dropped_slices),
+        guide=guide,
     )
     clock.seconds |= generation.timings_s
     sections = parse(generation.text.replace("\0", ""))  # PostgreSQL keeps no NUL, and no report needs one
     arrays = _arrays(prepared, generation).to_npz()
-    return _output(request, model, choice, volume, prepared, generation, sections, arrays, clock.seconds), arrays
+    return _output(request, model, choice, volume, prepared, guide, generation, sections, arrays, clock.seconds), arrays
 
 
 class _Clock:
@@ -81,6 +105,7 @@ def _output(
     choice: Choice,
     volume: Volume,
     prepared: Prepared,
+    guide: Guide,
     generation: Generation,
     sections: Sections,
     arrays: bytes,
@@ -99,7 +124,7 @@ def _output(
         impression=sections.impression,
         raw_text=generation.text.replace("\0", ""),
         flags=tuple(dict.fromkeys(flags)),
-        notes=volume.notes,
+        notes=(*volume.notes, *_remarks(guide, request.settings.pruning)),
         model=model.identity,
         prompt=request.prompt,
         max_new_tokens=request.settings.model.max_new_tokens,
@@ -109,7 +134,7 @@ def _output(
         timings_s={step: round(seconds, 4) for step, seconds in timings_s.items()},
         memory_peak_bytes=generation.memory_peak_bytes,
         software_version=VERSION,
-        retention=_retention(prepared, generation),
+        retention=_retention(prepared, guide, generation),
         arrays_sha256=digest(arrays),
     )
 
@@ -118,13 +143,13 @@ def as_applied(pruning: PruningSettings) -> dict[str, object]:
     """The settings that had an effect; a disabled stage is recorded as off, without the knobs it did not use."""
     if pruning.method is PruningMethod.OFF:
         return {"method": "off", "slice_stage": False, "token_stage": False}
-    applied: dict[str, object] = pruning.model_dump(mode="json")
+    guarded = pruning.method is PruningMethod.GUARDED
+    unused = set(_OF_MEDPRUNER if guarded else _OF_GUARDED)
     if not pruning.slice_stage:
-        del applied["gamma"]
+        unused |= {"gamma", "tile_change", "gap_cap_mm", "dropped_slices"}
     if not pruning.token_stage:
-        for knob in ("tau", "temperature", "contextual_fraction"):
-            del applied[knob]
-    return applied
+        unused |= {"tau", "temperature", "contextual_fraction", *_TOKENS_OF_GUARDED}
+    return {key: value for key, value in pruning.model_dump(mode="json").items() if key not in unused}
 
 
 def _counts(volume: Volume, prepared: Prepared, generation: Generation) -> Counts:
@@ -143,7 +168,7 @@ def _counts(volume: Volume, prepared: Prepared, generation: Generation) -> Count
     )
 
 
-def _retention(prepared: Prepared, generation: Generation) -> Retention:
+def _retention(prepared: Prepared, guide: Guide, generation: Generation) -> Retention:
     """What the slice stage made of every input and so of every source instance."""
     inputs = tuple(
         one.model_copy(
@@ -161,7 +186,28 @@ def _retention(prepared: Prepared, generation: Generation) -> Retention:
         inputs=inputs,
         token_rows=generation.token_rows,
         token_columns=generation.token_columns,
+        coverage=_coverage(guide, generation),
     )
+
+
+def _coverage(guide: Guide, generation: Generation) -> tuple[RegionCoverage, ...]:
+    """Tokens of each region that is there, and how many of them the language model got as they are.
+
+    A token that holds parts of two regions counts for both.
+    """
+    regions = guide.on_grid(generation.token_rows, generation.token_columns).regions
+    kept = generation.tokens == TOKEN_CODES[TokenState.KEPT]
+    totals, shown = regions.sum(axis=(0, 1)), (regions & kept[..., None]).sum(axis=(0, 1))
+    return tuple(
+        RegionCoverage(region=name, tokens_total=int(total), tokens_kept=int(number))
+        for name, total, number in zip(guide.names, totals, shown, strict=True)
+        if total
+    )
+
+
+def _remarks(guide: Guide, pruning: PruningSettings) -> tuple[str, ...]:
+    """What the regions make us say where they decided anything."""
+    return guide.regions.notes if pruning.method is PruningMethod.GUARDED else ()
 
 
 def _after_slice_stage(source: SourceInstance, generation: Generation) -> SourceInstance:

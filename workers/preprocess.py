@@ -6,13 +6,16 @@ numpy alone. The processor resizes each image to its square and scales it; nothi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.shared.messages import ModelInput, SliceOperation, SourceInstance, SourceState
-from service.shared.settings import SeriesSettings
+from service.shared.settings import PruningMethod, PruningSettings, SeriesSettings
+from workers.guide import Guide, make_guide, pool, pooled_shape
+from workers.regions import Spacing
 from workers.volume import Volume
 
 # Red, green, blue of a CT slice as MedGemma 1.5 was trained: wide, soft tissue, brain (its CT notebook, `window`).
@@ -29,12 +32,14 @@ class Prepared:
     inputs: I of them, all kept so far.
     sources: every instance of the series with its state as if all inputs were shown.
     applied: what was done, for the audit.
+    pooled: (I, h, w) float32, the same inputs in HU (MR: rescaled values), averaged over a few pixels.
     """
 
     pixels: NDArray[np.uint8]
     inputs: tuple[ModelInput, ...]
     sources: tuple[SourceInstance, ...]
     applied: dict[str, Any]
+    pooled: NDArray[np.float32]
     source_from_voxel: NDArray[np.float64]
 
     def source_pixels_from_token(self, token_rows: int, token_columns: int) -> NDArray[np.float64]:
@@ -43,24 +48,94 @@ class Prepared:
         affine = compose(self.source_from_voxel, token_affine(rows, columns, token_rows, token_columns))
         return np.repeat(affine[None], len(self.inputs), axis=0)
 
+    def guide(self, volume: Volume) -> Guide:
+        """What pruning may know of these inputs; regions by side for axial stacks alone."""
+        rows, columns = self.pixels.shape[1:3]
+        places = np.array([one.position_mm for one in self.inputs])
+        along = float(np.median(np.diff(places))) if len(places) > 1 else volume.spacing_mm[0]
+        return make_guide(
+            self.pooled,
+            places,
+            spacing=Spacing(
+                along,
+                volume.spacing_mm[1] * rows / self.pooled.shape[1],
+                volume.spacing_mm[2] * columns / self.pooled.shape[2],
+            ),
+            modality=volume.modality,
+            window=self.applied["windows"][0],
+        )
 
-def prepare(volume: Volume, settings: SeriesSettings) -> Prepared:
-    """Sample the stack to at most series.max_slices slices and window them."""
-    chosen = sample(len(volume.voxels), settings.max_slices)
-    pixels = np.empty((len(chosen), *volume.voxels.shape[1:], 3), np.uint8)
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Slices first to last - 1 of the volume make one input."""
+
+    first: int
+    last: int
+
+
+def prepare(volume: Volume, settings: SeriesSettings, pruning: PruningSettings | None = None) -> Prepared:
+    """Make at most series.max_slices inputs of the stack, and window them.
+
+    By method `guarded` thin slices become slabs and none is left out; else the stack is sampled evenly.
+    """
+    slices = len(volume.voxels)
+    slabbed = pruning is not None and pruning.method is PruningMethod.GUARDED
+    if pruning is not None and slabbed:
+        chosen = slabs(slices, volume.spacing_mm[0], pruning.slab_mm, settings.max_slices)
+        operation = SliceOperation(pruning.slab_operation)
+    else:
+        chosen = tuple(Slab(index, index + 1) for index in sample(slices, settings.max_slices))
+        operation = SliceOperation.MEAN  # of one slice each
+    rows, columns = volume.voxels.shape[1:]
+    pixels = np.empty((len(chosen), rows, columns, 3), np.uint8)
+    shape = pooled_shape(rows, columns, *volume.spacing_mm[1:])
+    pooled = np.empty((len(chosen), *shape), np.float32)
     windows = CT_WINDOWS_HU if volume.modality == "CT" else (_percentiles(volume.voxels),) * 3
-    for index, slice_index in enumerate(chosen):
+    for index, slab in enumerate(chosen):
+        image = combine(volume.voxels[slab.first : slab.last], operation)
+        pooled[index] = pool(image, shape)
         for channel, (low, high) in enumerate(windows):
-            pixels[index, ..., channel] = to_grey(volume.voxels[slice_index], low, high)
+            pixels[index, ..., channel] = to_grey(image, low, high)
+    thickest = max(slab.last - slab.first for slab in chosen)
     applied: dict[str, Any] = {
         "windows": [[low, high] for low, high in windows],
         "windows_unit": "HU" if volume.modality == "CT" else "MR percentiles 0.5 and 99.5 of the volume",
-        "sampling": "uniform, first and last slice included",
+        "sampling": f"slabs: {operation} of neighbours" if slabbed else "uniform, first and last slice included",
         "max_slices": settings.max_slices,
-        "image_rows": volume.voxels.shape[1],
-        "image_columns": volume.voxels.shape[2],
+        "image_rows": rows,
+        "image_columns": columns,
     }
-    return Prepared(pixels, _inputs(volume, chosen), _sources(volume, chosen), applied, volume.source_from_voxel)
+    if slabbed:
+        applied |= {"slab_slices": thickest, "slab_mm": round(thickest * volume.spacing_mm[0], 3)}
+    return Prepared(
+        pixels,
+        _inputs(volume, chosen, operation),
+        _sources(volume, chosen),
+        applied,
+        pooled,
+        volume.source_from_voxel,
+    )
+
+
+def slabs(slices: int, slice_mm: float, slab_mm: float, at_most: int) -> tuple[Slab, ...]:
+    """Divide the stack into slabs of at most slab_mm, thicker where there would be more than `at_most`.
+
+    Every slice is in exactly one slab; numbers of slices differ by one at most.
+    """
+    together = max(1, int(slab_mm / slice_mm + 1e-3)) if slice_mm > 0 else 1
+    count = min(at_most, -(-slices // together))
+    bounds = np.rint(np.linspace(0, slices, count + 1)).astype(int).tolist()
+    return tuple(Slab(first, last) for first, last in pairwise(bounds))
+
+
+def combine(slices: NDArray[np.float32], operation: SliceOperation) -> NDArray[np.float32]:
+    """(k, rows, columns) to (rows, columns); a single slice stays as it is."""
+    if len(slices) == 1:
+        return np.asarray(slices[0])
+    if operation is SliceOperation.MIP:
+        return np.asarray(slices.max(axis=0))
+    return np.asarray(slices.mean(axis=0, dtype=np.float32))
 
 
 def sample(slices: int, at_most: int) -> tuple[int, ...]:
@@ -103,22 +178,23 @@ def _percentiles(voxels: NDArray[np.float32]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _inputs(volume: Volume, chosen: tuple[int, ...]) -> tuple[ModelInput, ...]:
+def _inputs(volume: Volume, chosen: tuple[Slab, ...], operation: SliceOperation) -> tuple[ModelInput, ...]:
     return tuple(
         ModelInput(
             index=index,
-            operation=SliceOperation.SINGLE,
-            source_instances=(volume.slice_sources[slice_index],),
-            position_mm=float(volume.positions_mm[slice_index]),
+            operation=SliceOperation.SINGLE if slab.last - slab.first == 1 else operation,
+            source_instances=volume.slice_sources[slab.first : slab.last],
+            position_mm=float(volume.positions_mm[slab.first : slab.last].mean()),
             kept=True,
         )
-        for index, slice_index in enumerate(chosen)
+        for index, slab in enumerate(chosen)
     )
 
 
-def _sources(volume: Volume, chosen: tuple[int, ...]) -> tuple[SourceInstance, ...]:
+def _sources(volume: Volume, chosen: tuple[Slab, ...]) -> tuple[SourceInstance, ...]:
     sources = list(volume.sources)
-    for index, slice_index in enumerate(chosen):
-        source = volume.slice_sources[slice_index]
-        sources[source] = sources[source].model_copy(update={"state": SourceState.SHOWN, "input_index": index})
+    for index, slab in enumerate(chosen):
+        state = SourceState.SHOWN if slab.last - slab.first == 1 else SourceState.IN_SLAB
+        for source in volume.slice_sources[slab.first : slab.last]:
+            sources[source] = sources[source].model_copy(update={"state": state, "input_index": index})
     return tuple(sources)

@@ -92,6 +92,7 @@ class ModelSettings(Section):
 
 
 class PruningMethod(StrEnum):
+    GUARDED = "guarded"  # ours: slabs, body, salience and regions guard what attention would drop
     MEDPRUNER = "medpruner"  # the paper's rule, made correct
     OFF = "off"  # every input and token is kept
 
@@ -104,6 +105,17 @@ class PruningSettings(Section):
     tau: float = Field(default=0.9, gt=0, le=1)
     temperature: float = Field(default=2.0, gt=0)
     contextual_fraction: float = Field(default=0.05, ge=0, lt=1)
+    slab_mm: float = Field(default=4.0, ge=0)
+    slab_operation: Literal["mean", "mip"] = "mean"
+    tile_change: float = Field(default=0.01, ge=0, le=2)
+    gap_cap_mm: float = Field(default=5.0, gt=0)
+    sink_ratio: float = Field(default=10.0, gt=1)
+    salience_floor: float = Field(default=150.0, ge=0)
+    coverage_lung: float = Field(default=1.0, ge=0, le=1)
+    coverage_other: float = Field(default=0.1, ge=0, le=1)
+    merge_similarity: float = Field(default=0.9, ge=-1, le=1)
+    token_budget: float = Field(default=0.3, gt=0)
+    dropped_slices: Literal["omit", "name", "refer"] = "omit"
 
 
 class SeriesSettings(Section):
@@ -159,6 +171,22 @@ class ReportSettings(Section):
     default_charset: str = "ISO_IR 100"
 
 
+class WebSettings(Section):
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=1, le=65535)
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    session_hours: float = Field(default=12, gt=0)
+    session_idle_min: float = Field(default=30, gt=0)
+
+    @model_validator(mode="after")
+    def certificate_and_key_come_together(self) -> WebSettings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key are given together, or both left out")
+        return self
+
+
 class LogSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     format: Literal["text", "json"] = "text"
@@ -180,6 +208,7 @@ class Settings(Section):
     route: tuple[RouteSettings, ...] = ()
     destination: tuple[DestinationSettings, ...] = ()
     report: ReportSettings = ReportSettings()
+    web: WebSettings = WebSettings()
     log: LogSettings = LogSettings()
 
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from service.shared.messages import Flag, ModelIdentity
 from service.shared.settings import ModelSettings, PruningSettings
+from workers.guide import Guide
+from workers.vlm.prompt import DroppedSlices
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +73,19 @@ class VisionLanguageModel(Protocol):
         ...
 
     def read(
-        self, images: NDArray[np.uint8], prompt: str, pruning: PruningSettings, *, max_new_tokens: int
+        self,
+        images: NDArray[np.uint8],
+        prompt: str,
+        pruning: PruningSettings,
+        *,
+        max_new_tokens: int,
+        dropped: DroppedSlices = DroppedSlices.OMIT,
+        guide: Guide | None = None,
     ) -> Generation:
         """Read one study.
 
         images: (I, H, W, 3), the inputs in stack order. Greedy: the same inputs give the same text.
+        guide: of the same inputs, for method `guarded`; without it that method knows of attention alone.
         Refusal CONTEXT_TOO_LONG when what is left after pruning does not fit the model.
         """
         ...

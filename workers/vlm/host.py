@@ -21,9 +21,12 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from service.shared.messages import TOKEN_CODES, Flag, ModelIdentity, TokenState
 from service.shared.settings import PruningMethod, PruningSettings
 from workers.errors import Refusal, RefusalCode
+from workers.guide import Guide
+from workers.pruning import guarded
 from workers.pruning.attention import received_attention
 from workers.pruning.finite import NotFinite, require_finite
 from workers.pruning.groups import group_mean
+from workers.pruning.guarded import Guards, keep_with_gap_cap
 from workers.pruning.slices import SliceChoice, keep_all, keep_changed
 from workers.pruning.tokens import Reduced, contextual_count, keep_every_token, reduce_tokens
 from workers.vlm import Generation, TokenCounts
@@ -160,6 +163,7 @@ class Host(ABC):
         *,
         max_new_tokens: int,
         dropped: DroppedSlices = DroppedSlices.OMIT,
+        guide: Guide | None = None,
     ) -> Generation:
         """See VisionLanguageModel.read."""
         start_peak(self.opened.device)
@@ -167,13 +171,13 @@ class Host(ABC):
         with self._timed(timings, "processor"):
             prepared = self.prepare(images)
         with self._timed(timings, "slice_stage"):
-            choice = choose_slices(prepared.pixels, pruning)
+            choice = choose_slices(prepared.pixels, pruning, guide)
             asked = self.ask(prompt, prepared, choice, dropped)
         self._require_room(asked, prepared, choice, pruning, max_new_tokens)
         with self._timed(timings, "vision"):
             encoded = self.encode(prepared, choice.kept, self.groups(prepared), scored=is_scored(pruning))
         with self._timed(timings, "token_stage"):
-            reduced = choose_tokens(encoded, pruning)
+            reduced = choose_tokens(encoded, pruning, guards(guide, pruning, choice, self.token_grid(prepared)))
             pruned = prune(asked, self.placeholder, reduced, encoded.deepstack)
         self._require_context(len(pruned.input_ids), max_new_tokens)
         tokens, witness = self.decode([pruned], max_new_tokens)
@@ -245,7 +249,8 @@ class Host(ABC):
         tokens = self.groups(prepared).shape[0]
         fewest = tokens
         if is_scored(pruning):
-            fewest = min(tokens, 1 + contextual_count(tokens, pruning.contextual_fraction))
+            targets = contextual_count(tokens, pruning.contextual_fraction)
+            fewest = 1 if pruning.method is PruningMethod.GUARDED else min(tokens, 1 + targets)
         self._require_context(len(asked.input_ids) - inputs * (tokens - fewest), max_new_tokens)
 
     def _require_context(self, length: int, max_new_tokens: int) -> None:
@@ -368,18 +373,70 @@ def is_scored(pruning: PruningSettings) -> bool:
     return pruning.method is not PruningMethod.OFF and pruning.token_stage
 
 
-def choose_slices(pixels: Tensor, pruning: PruningSettings) -> SliceChoice:
-    """The slice stage as the settings ask for it."""
-    if pruning.method is PruningMethod.OFF or not pruning.slice_stage:
+def choose_slices(pixels: Tensor, pruning: PruningSettings, guide: Guide | None = None) -> SliceChoice:
+    """The slice stage as the settings ask for it; `guarded` without a guide drops nothing."""
+    is_guarded = pruning.method is PruningMethod.GUARDED
+    if pruning.method is PruningMethod.OFF or not pruning.slice_stage or (is_guarded and guide is None):
         require_finite(pixels, "slices")
         return keep_all(len(pixels))
+    if is_guarded and guide is not None:
+        require_finite(pixels, "slices")
+        return keep_with_gap_cap(
+            torch.from_numpy(guide.tiles),
+            torch.from_numpy(guide.positions_mm),
+            torch.from_numpy(guide.has_body),
+            tile_change=pruning.tile_change,
+            gap_cap_mm=pruning.gap_cap_mm,
+        )
     return keep_changed(pixels, gamma=pruning.gamma)
 
 
-def choose_tokens(encoded: Encoded, pruning: PruningSettings) -> Reduced:
+def guards(guide: Guide | None, pruning: PruningSettings, choice: SliceChoice, grid: tuple[int, int]) -> Guards | None:
+    """What `guarded` knows of the tokens of the kept inputs; None for the other methods."""
+    if pruning.method is not PruningMethod.GUARDED:
+        return None
+    rows, columns = grid
+    kept = choice.kept
+    if guide is None:
+        inputs, tokens = int(kept.sum()), rows * columns
+        everywhere = torch.ones(inputs, tokens, dtype=torch.bool)
+        regions, salience = torch.zeros(inputs, tokens, 0, dtype=torch.bool), torch.zeros(inputs, tokens)
+        return Guards(regions, everywhere, salience, torch.zeros(0), rows, columns, tokens_in=len(kept) * tokens)
+    tokens_of = guide.on_grid(rows, columns)
+    promised = [pruning.coverage_lung if " lung" in name else pruning.coverage_other for name in guide.names]
+    return Guards(
+        regions=torch.from_numpy(tokens_of.regions)[kept],
+        body=torch.from_numpy(tokens_of.body)[kept],
+        salience=torch.from_numpy(tokens_of.salience)[kept],
+        coverage=torch.tensor(promised, dtype=torch.float64),
+        rows=rows,
+        columns=columns,
+        tokens_in=len(kept) * rows * columns,
+    )
+
+
+def budget_tokens(pruning: PruningSettings, tokens_in: int) -> int:
+    """The token budget as a number, of `tokens_in` tokens before any pruning."""
+    budget = pruning.token_budget
+    return int(budget * tokens_in + 1e-9) if budget <= 1 else int(budget)
+
+
+def choose_tokens(encoded: Encoded, pruning: PruningSettings, guarding: Guards | None = None) -> Reduced:
     """The token stage as the settings ask for it."""
     if encoded.received is None or encoded.keys is None:
         return keep_every_token(encoded.features)
+    if guarding is not None:
+        return guarded.reduce_tokens(
+            encoded.received,
+            encoded.keys,
+            encoded.features,
+            guarding,
+            tau=pruning.tau,
+            sink_ratio=pruning.sink_ratio,
+            salience_floor=pruning.salience_floor,
+            merge_similarity=pruning.merge_similarity,
+            token_budget=budget_tokens(pruning, guarding.tokens_in),
+        )
     return reduce_tokens(
         encoded.received,
         encoded.keys,
