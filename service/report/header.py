@@ -147,9 +147,9 @@ def decimal(value: float) -> str:
 
 
 def clipped(text: str) -> str:
-    """A configured or model's name as LO: without what LO cannot hold, cut at 64 characters."""
+    """A configured or model's name as LO: without what LO cannot hold, cut at 64 characters, never empty."""
     printable = "".join(" " if character < " " or character in "\\\x7f" else character for character in text)
-    return printable[:_LO_CHARACTERS].strip()
+    return printable.strip()[:_LO_CHARACTERS].strip() or "unnamed"
 
 
 def _acquisition(source: SourceStudy) -> list[Dataset]:

@@ -15,9 +15,9 @@ def derived_uid(*parts: str) -> str:
     return f"2.25.{uuid.uuid5(_NAMESPACE, chr(0x1F).join(parts)).int}"
 
 
-IMPLEMENTATION_CLASS_UID = derived_uid("implementation class", "1")
-# Of the encoder: changes when the same content gives other bytes
-IMPLEMENTATION_VERSION_NAME = "MEDPRUNER_1"
+# The same as the receiver announces; the version changes when the same content gives other bytes
+IMPLEMENTATION_CLASS_UID = "2.25.189379385699083891714922590556693550384"
+IMPLEMENTATION_VERSION_NAME = "MEDPRUNER_0_1"
 
 
 @dataclass(frozen=True, slots=True)

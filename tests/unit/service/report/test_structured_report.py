@@ -433,3 +433,13 @@ def test_long_names_are_cut_to_what_their_vr_holds(source: SourceStudy) -> None:
     document = build(output.model_copy(update={"model": model}), source)
 
     assert len(document.ContributingEquipmentSequence[-1].ManufacturerModelName) == 64
+
+
+def test_a_model_without_a_name_is_called_unnamed(source: SourceStudy) -> None:
+    """A TEXT item is never empty."""
+    output = output_for(source)
+    model = output.model.model_copy(update={"name": " \n"})
+
+    document = build(output.model_copy(update={"model": model}), source)
+
+    assert values(document, codes.ALGORITHM_NAME) == ["unnamed"]
