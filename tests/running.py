@@ -40,6 +40,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 FINAL = frozenset({"done", "refused", "failed", "cancelled", "superseded"})
 SENDER = "MODALITY"  # the calling AE title that every service here takes studies from
 MARK = "MEDPRUNER_E2E"  # in the environment of every process that a test started
+DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")  # also when the test run is killed
 PATIENCE_S = 90  # for one study on two busy cores; a test that waits so long has failed
 
 Value = TypeVar("Value")
@@ -199,7 +200,7 @@ class Service:
         """Start it and return once the receiver listens and the database is there."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "service", "serve", "--config", str(self.config)],
+                [*DIES_WITH_US, sys.executable, "-m", "service", "serve", "--config", str(self.config)],
                 cwd=PROJECT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -291,7 +292,7 @@ class Service:
         with self.log.open("ab") as log:
             self._more.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "workers", "worker", "--config", str(self.config)],
+                    [*DIES_WITH_US, sys.executable, "-m", "workers", "worker", "--config", str(self.config)],
                     cwd=PROJECT,
                     stdin=subprocess.DEVNULL,
                     stdout=log,

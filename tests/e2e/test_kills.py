@@ -71,7 +71,7 @@ def test_the_worker_dies_while_it_reads(service: Service, storescp: Storescp, tm
 
     service.kill_process("worker")
 
-    wait_for(lambda: not Path(f"/proc/{child}").exists(), "the child is gone")
+    wait_for(lambda: child not in service.processes(), "the child is gone")
     assert is_running(service.story(study_uid))
     assert_one_report(service, storescp, study_uid, attempts=2)
 

@@ -1,0 +1,276 @@
+"""A patient who can be recognised goes the whole way, and every wrong one: nothing of him is where nobody may look.
+
+He may stand in the DICOM files, the outputs and the two erasable tables, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pynetdicom import AE, AllStoragePresentationContexts, Association, build_context, evt
+from sqlalchemy import MetaData, select
+
+from service.shared.db import ReportText, StudyHeader
+from tests.phantom_series import PhantomSeries
+from tests.running import FINAL, SENDER, Pacs, Service, Storescp, deliveries, send
+from tests.servers import free_port, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+LATIN_MARK = "zqx"  # in every planted value, in any case
+JAPANESE_MARKS = ("植木", "患者", "うえき", "かんじゃ")
+ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be", "euc-jp", "shift_jis", "iso2022_jp")
+ERASABLE = (StudyHeader.__tablename__, ReportText.__tablename__)
+
+ROUTES = """
+[[route]]
+name = "healthy"
+match = { SeriesNumber = "[12]" }
+
+[[route]]
+name = "without-a-model"
+match = { SeriesNumber = "9" }
+model = { path = "/nonexistent" }
+"""
+
+
+def marks_in(content: bytes | str) -> list[str]:
+    """Every planted mark in `content`, in any encoding that it could have taken."""
+    raw = content.encode() if isinstance(content, str) else content
+    found = [LATIN_MARK] if re.search(rb"z\0?q\0?x", raw, re.IGNORECASE) else []
+    for mark in JAPANESE_MARKS:
+        forms = [mark.encode(encoding) for encoding in ENCODINGS]
+        # without the escape sequences around it, which other text may share; and as JSON and Python write it
+        forms += [mark.encode("iso2022_jp")[3:-3], json.dumps(mark)[1:-1].encode(), repr(mark.encode())[2:-1].encode()]
+        found += [mark for form in forms if form in raw]
+    return found
+
+
+def planted(study: int, **more: Any) -> PhantomSeries:
+    return PhantomSeries(
+        study=study,
+        patient_name="Zqxname^Planted=植木^患者=うえき^かんじゃ",
+        patient_id=more.pop("patient_id", "ZQXID4711"),
+        charset=r"\ISO 2022 IR 87",
+        accession_number=f"ZQXACC{study}",
+        study_description="zqxdescription 植木",
+        series_description="Zqxseries",
+        **more,
+    )
+
+
+def write(phantom: PhantomSeries, folder: Path, *, swap: tuple[bytes, bytes] = (b"", b"")) -> Path:
+    """The series with more planted attributes; swap: bytes of the file replaced by others of the same length."""
+    for path in phantom.write(folder):
+        dataset = dcmread(path)
+        dataset.ReferringPhysicianName = "Zqxreferrer^Planted=患者^植木"
+        dataset.OperatorsName = "Zqxoperator"
+        dataset.InstitutionName = "Zqxinstitution"
+        dataset.PatientComments = "zqxcomment 患者"
+        dataset.OtherPatientIDs = "ZQXOTHER"
+        dataset.PatientAddress = "zqxaddress"
+        dataset.save_as(path)
+        if swap[0]:
+            assert swap[0] in path.read_bytes()
+            path.write_bytes(path.read_bytes().replace(*swap))
+    return folder
+
+
+@contextmanager
+def quoting_pacs() -> Iterator[int]:
+    """A PACS that refuses every report and quotes the patient in its Error Comment, as some do; its port."""
+
+    def refuse(event: evt.Event) -> Dataset:
+        status = Dataset()
+        status.Status = 0xC123
+        status.ErrorComment = f"no such patient: {event.dataset.PatientID} Zqxname^Planted"
+        return status
+
+    application = AE(ae_title="QUOTES")
+    for context in AllStoragePresentationContexts:
+        application.add_supported_context(str(context.abstract_syntax))
+    server = application.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, refuse)])
+    assert server is not None
+    try:
+        yield int(server.server_address[1])
+    finally:
+        server.shutdown()
+
+
+@contextmanager
+def association_to(service: Service) -> Iterator[Association]:
+    sockets: list[Any] = []
+    application = AE(ae_title=SENDER)
+    association = application.associate(
+        "127.0.0.1",
+        service.port,
+        contexts=[build_context(CTImageStorage, ExplicitVRLittleEndian)],
+        ae_title="MEDPRUNER",
+        evt_handlers=[(evt.EVT_CONN_OPEN, lambda event: sockets.append(event.assoc.dul.socket.socket))],
+    )
+    assert association.is_established
+    try:
+        yield association
+    finally:
+        association.release()
+        for one in sockets:  # pynetdicom leaves it open
+            one.close()
+
+
+@dataclass(frozen=True)
+class Aftermath:
+    """The service at rest, after everything that could happen to the patient happened."""
+
+    service: Service
+    heartbeats: list[bytes]
+    states: dict[str, str]  # what was planted -> the state it ended in
+    reasons: list[str]
+
+
+@pytest.fixture(scope="module")
+def aftermath(tmp_path_factory: pytest.TempPathFactory, random_model: Path, storescp: Storescp) -> Iterator[Aftermath]:
+    folder = tmp_path_factory.mktemp("planted")
+    series = {
+        "read": planted(51),
+        "localizer": planted(52, slices=1, localizer=True),
+        "broken pixels": planted(53),
+        "no model": planted(54, series=9),
+        "mixed patients": planted(55),
+        "broken numbers": planted(56),
+        "broken dates": planted(57),
+    }
+    for name, phantom in series.items():
+        swap = {
+            "broken numbers": (b"5.0\\5.0 ", b"zqxbad\\1"),
+            "broken dates": (b"20260102", b"zqxdate1"),
+        }.get(name, (b"", b""))
+        write(phantom, folder / name, swap=swap)
+    write(planted(55, series=2, patient_id="ZQXANOTHER"), folder / "mixed patients" / "another")
+    for path in (folder / "broken pixels").iterdir():
+        dataset = dcmread(path)
+        dataset.PixelData = b"zqxpixels "  # shorter than Rows and Columns say
+        dataset.save_as(path)
+
+    with quoting_pacs() as quoting_port:
+        pacs = [Pacs(storescp.port), Pacs(quoting_port, "quotes", "QUOTES"), Pacs(free_port(), "away", "AWAY")]
+        with Service(folder / "service", random_model, pacs=pacs, more=ROUTES, level="DEBUG") as service:
+            heartbeats = send_and_look_at_heartbeats(service, sorted((folder / "read").iterdir()))
+            send(service, *(folder / name for name in series if name != "read"))
+            states, reasons = {}, []
+            for name, phantom in series.items():
+                story = service.wait_for(phantom.study_uid, is_at_rest, f"{name}: an end", 150)
+                (analysis,) = story["analyses"]
+                states[name] = analysis["state"]
+                reasons += [str(analysis["reason"]), *(str(one["reason"]) for one in deliveries(story))]
+            yield Aftermath(service, heartbeats, states, reasons)
+
+
+def send_and_look_at_heartbeats(service: Service, paths: list[Path]) -> list[bytes]:
+    """Send one study over pynetdicom, an instance without a Study Instance UID as well; the open heartbeats."""
+    with association_to(service) as association:
+        for path in paths:
+            assert association.send_c_store(path).Status == 0x0000
+        nameless = dcmread(paths[0])
+        del nameless.StudyInstanceUID
+        assert association.send_c_store(nameless).Status == 0xC000
+        folder = service.settings.data.path / "spool" / "associations"
+        return wait_for(lambda: [path.read_bytes() for path in folder.iterdir()], "a heartbeat")
+
+
+def is_at_rest(story: dict[str, Any]) -> bool:
+    """Read (or given up), and every destination has been tried."""
+    states = [one["state"] for one in story["analyses"]]
+    if not states or not all(state in FINAL or state == "read" for state in states):
+        return False
+    if "read" in states and not any(one["results"] for one in story["analyses"]):
+        return False
+    return all(one["attempts"] for one in deliveries(story))
+
+
+def test_everything_happened_to_the_patient(aftermath: Aftermath) -> None:
+    """He was read, refused for four reasons, failed, delivered, rejected and postponed; else the rest proves little."""
+    assert aftermath.states["read"] == "done"
+    assert aftermath.states["localizer"] == "refused"
+    assert aftermath.states["broken pixels"] == "refused"
+    assert aftermath.states["no model"] == "failed"
+    assert aftermath.states["mixed patients"] == "refused"
+    assert aftermath.states["broken numbers"] == "refused"
+    told = "\n".join(aftermath.reasons)
+    assert "refused by the destination (0xC123)" in told
+    assert "cannot be reached" in told
+
+
+def test_the_search_finds_him_where_he_may_be(aftermath: Aftermath) -> None:
+    """In the stored instances and the built reports, in every form: else finding nothing elsewhere proves nothing."""
+    data = aftermath.service.settings.data.path
+    stored = {mark for path in (data / "spool").rglob("*.dcm") for mark in marks_in(path.read_bytes())}
+    built = {mark for path in (data / "outbox").rglob("*.dcm") for mark in marks_in(path.read_bytes())}
+
+    assert stored == {LATIN_MARK, *JAPANESE_MARKS}
+    assert built == {LATIN_MARK, *JAPANESE_MARKS}
+    assert set(marks_in(json.dumps({"name": "植木"}) + repr("患者".encode()))) == {"植木", "患者"}
+
+
+def test_he_is_in_no_log(aftermath: Aftermath) -> None:
+    """Neither the service nor the worker names him at DEBUG, not even by quoting a value that broke a rule."""
+    text = aftermath.service.log_text()
+
+    assert "analysis_refused" in text
+    assert "analysis_fault" in text
+    assert "instance_refused" in text
+    assert [line for line in text.splitlines() if marks_in(line)] == []
+
+
+def test_he_is_not_in_redis(aftermath: Aftermath) -> None:
+    """No key, no value, no command of the append-only file and no message in it holds a mark."""
+    with aftermath.service.redis() as client:
+        for key in client.scan_iter("*"):
+            assert marks_in(key) == []
+            assert marks_in(client.dump(key) or b"") == []
+    files = [path for path in (aftermath.service.settings.data.path / "redis").rglob("*") if path.is_file()]
+    content = b"".join(path.read_bytes() for path in files)
+    messages = [base64.b64decode(body) for body in re.findall(rb'"body": ?"([A-Za-z0-9+/=]+)"', content)]
+    assert len(messages) >= 4
+    assert marks_in(content) == []
+    assert marks_in(b"\n".join(messages)) == []
+    assert all(re.fullmatch(r"\[\[\d+\], \{\}, \{.*\}\]", message.decode()) for message in messages)  # one id
+
+
+def test_he_is_in_no_receipt_and_no_heartbeat(aftermath: Aftermath) -> None:
+    """What the receiver writes beside the instances says where they came from, not whose they are."""
+    spool = aftermath.service.settings.data.path / "spool"
+    receipts = [path for path in spool.rglob("*") if path.is_file() and path.suffix != ".dcm"]
+
+    assert len([path for path in receipts if path.suffix == ".json"]) > 50
+    assert [path for path in receipts if marks_in(path.read_bytes())] == []
+    assert aftermath.heartbeats
+    assert marks_in(b"\n".join(aftermath.heartbeats)) == []
+    names = "\n".join(str(path.relative_to(spool.parent)) for path in spool.parent.rglob("*"))
+    assert marks_in(names) == []
+
+
+def test_he_is_in_no_table_but_the_erasable_ones(aftermath: Aftermath) -> None:
+    """Audit events, reasons, gate findings and every other column are free of him; study_header holds him."""
+    holding = set()
+    with aftermath.service.sessions() as session:
+        there = MetaData()  # what the database holds, whatever the models know
+        there.reflect(session.connection())
+        for table in there.sorted_tables:
+            for row in session.execute(select(table)):
+                if marks_in(json.dumps([str(value) for value in row], ensure_ascii=False)):
+                    holding.add(table.name)
+
+    assert "audit_event" in there.tables
+    assert StudyHeader.__tablename__ in holding
+    assert holding - set(ERASABLE) == set()
