@@ -43,6 +43,18 @@ class AuditKind(StrEnum):
     DELIVERY_POSTPONED = "delivery-postponed"
     DELIVERY_REJECTED = "delivery-rejected"
     DELIVERY_REQUEUED = "delivery-requeued"  # by a command
+    DESTINATION_PAUSED = "destination-paused"  # by a command
+    DESTINATION_RESUMED = "destination-resumed"  # by a command
+    STUDY_VIEWED = "study-viewed"  # by a person or a program, in the web
+    STUDIES_LISTED = "studies-listed"  # with identifiers; the search itself may name a patient and is not kept
+    RESULT_READ = "result-read"  # its content, in the web
+    USER_ADDED = "user-added"
+    USER_CHANGED = "user-changed"  # password or role; ends the user's sessions
+    USER_REMOVED = "user-removed"
+    TOKEN_MADE = "token-made"  # for a program that acts as a user
+    SIGNED_IN = "signed-in"
+    SIGN_IN_FAILED = "sign-in-failed"
+    SIGNED_OUT = "signed-out"
 
 
 def append(

@@ -144,7 +144,7 @@ class StudyHeader(Base):
     salt: Mapped[str] = mapped_column(String(64))
     patient_id: Mapped[str] = mapped_column(Text, index=True)
     issuer_of_patient_id: Mapped[str] = mapped_column(Text)
-    patient_name: Mapped[str] = mapped_column(Text)
+    patient_name: Mapped[str] = mapped_column(Text, index=True)
     patient_birth_date: Mapped[str] = mapped_column(Text)
     patient_sex: Mapped[str] = mapped_column(Text)
     accession_number: Mapped[str] = mapped_column(Text, index=True)
@@ -283,6 +283,38 @@ class Destination(Base):
     changed_at: Mapped[datetime] = mapped_column(UtcDateTime())
 
 
+class Role(StrEnum):
+    VIEWER = "viewer"  # reads studies, reports and images, with identifiers
+    OPERATOR = "operator"  # what a viewer does, and commands: requeue, cancel, re-send, pause
+    AUDITOR = "auditor"  # reads every event and the configuration; no identifiers, reports or images
+
+
+class UserAccount(Base):
+    """Who may sign in. A removed account keeps its row, so that its name in the history stays one person's."""
+
+    __tablename__ = "user_account"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    password_hash: Mapped[str] = mapped_column(Text)  # argon2id, with its parameters and salt
+    role: Mapped[Role] = mapped_column(_states(Role, "role"))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime())
+    removed_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+
+
+class WebSession(Base):
+    """One sign-in, or one token of a program. The secret itself is with its holder only."""
+
+    __tablename__ = "web_session"
+
+    secret_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    user_id: Mapped[int] = mapped_column(BigId, ForeignKey("user_account.id"), index=True)
+    is_token: Mapped[bool]  # of a program: sent as a bearer token, never idle
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime())
+    seen_at: Mapped[datetime] = mapped_column(UtcDateTime())
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime())
+
+
 class AuditEvent(Base):
     """Append-only (triggers in the first migration). Row ids, codes and counts; nothing that names a patient.
 
@@ -304,8 +336,10 @@ class AuditEvent(Base):
     vouches_sha256: Mapped[str | None] = mapped_column(String(64))
 
 
-def open_engine(url: str) -> Engine:
+def open_engine(url: str, *, read_only: bool = False) -> Engine:
     """An engine with the recipe each database needs for several processes that write.
+
+    read_only: no statement can change anything, and on SQLite no reader keeps a writer waiting.
 
     SQLite: WAL, and every transaction begins IMMEDIATE, because a read that turns into a write may fail at once
     with SQLITE_BUSY where a writer would only have waited (https://www.sqlite.org/lang_transaction.html).
@@ -317,7 +351,12 @@ def open_engine(url: str) -> Engine:
     engine = create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
-        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        if read_only:
+            event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA query_only=ON"))
+        begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(begin))
+    elif read_only:
+        engine = engine.execution_options(postgresql_readonly=True)
     return engine
 
 

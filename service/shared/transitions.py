@@ -20,6 +20,7 @@ from service.shared.db import (
     AnalysisState,
     Delivery,
     DeliveryState,
+    Destination,
     ReportText,
     Result,
     ResultState,
@@ -528,11 +529,34 @@ def reject_delivery(
 
 def requeue_delivery(session: Session, delivery_id: int, *, now: datetime, actor: str) -> bool:
     """rejected -> pending with fresh attempts, by a command; the stored bytes are sent again as they are."""
+    return _send_again(session, delivery_id, (DeliveryState.REJECTED,), now=now, actor=actor)
+
+
+def resend_delivery(session: Session, delivery_id: int, *, now: datetime, actor: str) -> bool:
+    """rejected, delivered or committed -> pending, by a command that means this delivery and no other."""
+    closed = (DeliveryState.REJECTED, DeliveryState.DELIVERED, DeliveryState.COMMITTED)
+    return _send_again(session, delivery_id, closed, now=now, actor=actor)
+
+
+def pause_destination(session: Session, name: str, *, paused: bool, now: datetime, actor: str) -> bool:
+    """Stop or take up sending to a configured destination, by a command; False when it stood so already."""
+    standing = session.get(Destination, name)
+    if (standing is not None and standing.paused) is paused:
+        return False
+    session.merge(Destination(name=name, paused=paused, changed_at=now))
+    kind = AuditKind.DESTINATION_PAUSED if paused else AuditKind.DESTINATION_RESUMED
+    audit.append(session, kind, now=now, actor=actor, destination=name)
+    return True
+
+
+def _send_again(
+    session: Session, delivery_id: int, closed: tuple[DeliveryState, ...], *, now: datetime, actor: str
+) -> bool:
     changed = _changed(
         session,
         update(Delivery)
-        .where(Delivery.id == delivery_id, Delivery.state == DeliveryState.REJECTED)
-        .values(state=DeliveryState.PENDING, attempts=0, next_attempt_at=now),
+        .where(Delivery.id == delivery_id, Delivery.state.in_(closed))
+        .values(state=DeliveryState.PENDING, attempts=0, next_attempt_at=now, delivered_at=None),
     )
     if changed:
         delivery = session.get_one(Delivery, delivery_id, populate_existing=True)
