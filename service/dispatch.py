@@ -16,15 +16,18 @@ import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
 from pydicom import dcmread
-from pydicom.errors import InvalidDicomError
+from pydicom.multival import MultiValue
+from redis.exceptions import RedisError
 from sqlalchemy import and_, or_, select, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import InterfaceError
+from sqlalchemy.exc import OperationalError as DatabaseAway
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import routing
 from service.shared import VERSION, audit, transitions
 from service.shared.audit import AuditKind
 from service.shared.db import Analysis, AnalysisState, Instance, Study, StudyState
+from service.shared.log import explain_exception
 from service.shared.queue import TASK_READ_STUDY, celery_options
 from service.shared.settings import RouteSettings, Settings, for_route, routes
 
@@ -69,7 +72,7 @@ class Doorbell:
         try:
             with self._app.connection_for_write() as connection:
                 return int(connection.default_channel.client.llen(self._queue)) == 0  # type: ignore[attr-defined]
-        except (OperationalError, OSError):
+        except (OperationalError, OSError, RedisError):  # kombu translates none of the client's own
             return False
 
     def close(self) -> None:
@@ -82,8 +85,10 @@ def dispatch_for_ever(settings: Settings, sessions: sessionmaker[Session], spool
     while not stop.is_set():
         try:
             sweep(settings, sessions, spool, doorbell, datetime.now(UTC))
-        except DBAPIError as error:
+        except (DatabaseAway, InterfaceError) as error:
             log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
+        except Exception as error:  # noqa: BLE001  # this loop must live; what went wrong is logged and tried again
+            log.error("dispatch_fault", error=explain_exception(error))
         stop.wait(settings.assembly.sweep_s)
     doorbell.close()
 
@@ -119,6 +124,7 @@ def queue_study(session: Session, study_id: int, settings: Settings, spool: Path
         .where(
             Study.id == study_id,
             Study.state == StudyState.COMPLETE,
+            Study.revision == study.revision,
             Study.dispatched_revision < study.revision,
         )
         .values(dispatched_revision=study.revision)
@@ -232,13 +238,20 @@ def _snapshot(settings: Settings) -> dict[str, Any]:
 
 
 def _values(path: Path, wanted: list[str]) -> dict[str, list[str]]:
+    """The values of these attributes as text; without those that cannot be read."""
     try:
         header = dcmread(path, specific_tags=wanted, stop_before_pixels=True, force=True)
-    except (InvalidDicomError, OSError, ValueError, KeyError, AttributeError, NotImplementedError):
+    except Exception as error:  # noqa: BLE001  # pydicom raises whatever a broken header makes it raise
+        log.warning("header_unreadable", file=path.name, error=explain_exception(error))
         return {}
     found: dict[str, list[str]] = {}
     for keyword in wanted:
-        value = header.get(keyword)
+        try:
+            value = header.get(keyword)
+            texts = [str(one) for one in (value if isinstance(value, MultiValue) else [value])]
+        except Exception as error:  # noqa: BLE001  # a value that breaks its VR; the text would quote it
+            log.warning("attribute_unreadable", keyword=keyword, error=type(error).__name__)
+            continue
         if value is not None:
-            found[keyword] = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+            found[keyword] = texts
     return found
