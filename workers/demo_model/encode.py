@@ -98,26 +98,44 @@ def show_suspects(encoded: Encoded, random: np.random.Generator, each: int = 6, 
     return Shown(encoded.features.float(), kept.view(slabs, tokens))
 
 
-def show_pruned(encoded: Encoded, random: np.random.Generator) -> Shown:
-    """A long reading as in use: everything, or what some setting of the product's pruner leaves; never by label."""
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How the tokens of a long reading are pruned."""
+
+    tau: float | None  # the product's token stage; None: off
+    share: float  # of the tokens left to stand at random
+    body: bool  # tokens of air are dropped
+    slabs: float  # share of the slabs left to stand at random
+
+
+def draw_setting(random: np.random.Generator) -> Setting:
+    """Everything, the product's pruner, or chance; never by what is in the study."""
+    way = random.random()
+    return Setting(
+        tau=float(random.uniform(0.5, 1.0)) if way < 0.4 else None,
+        share=float(random.uniform(0.3, 1.0)) if 0.4 <= way < 0.6 else 1.0,
+        body=bool(random.random() < 0.5),
+        slabs=float(random.uniform(0.5, 1.0)) if random.random() < 0.1 else 1.0,
+    )
+
+
+def show_pruned(encoded: Encoded, setting: Setting, random: np.random.Generator) -> Shown:
+    """A long reading as in use."""
     features = encoded.features.float()
     slabs, tokens, _ = features.shape
     kept = torch.ones(slabs, tokens, dtype=torch.bool)
-    way = random.random()
-    if way < 0.35:
+    if setting.tau is not None:
         reduced = reduce_tokens(
             encoded.received,
             encoded.keys.float(),
             features,
-            tau=float(random.uniform(0.5, 1.0)),
+            tau=setting.tau,
             temperature=2.0,
             contextual_fraction=0.05,
         )
         features, kept = reduced.features, reduced.kept
-    elif way < 0.55:
-        kept &= torch.from_numpy(random.random((slabs, tokens)) < random.uniform(0.3, 1.0))
-    if random.random() < 0.4:
-        kept &= encoded.body
-    if random.random() < 0.1:
-        kept &= torch.from_numpy(random.random((slabs, 1)) < random.uniform(0.5, 1.0))
+    kept = kept & torch.from_numpy(random.random((slabs, tokens)) < setting.share)
+    kept = kept & torch.from_numpy(random.random((slabs, 1)) < setting.slabs)
+    if setting.body:
+        kept = kept & encoded.body
     return Shown(features, kept)

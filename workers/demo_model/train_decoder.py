@@ -21,7 +21,7 @@ from transformers import Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from workers.demo_model.accuracy import Accuracy, accuracy_of
-from workers.demo_model.encode import Encoded, Shown, encode, show_pruned, show_suspects
+from workers.demo_model.encode import Encoded, Shown, draw_setting, encode, show_pruned, show_suspects
 from workers.demo_model.folder import new_model, tokenizer
 from workers.demo_model.labels import Labels
 from workers.demo_model.optimise import Optimisers, Schedule, average_gradients
@@ -35,6 +35,7 @@ QUESTIONS = (
     "with the sections Findings: and Impression:.",
     "Describe this CT study.",
 )
+TEXT_TOKENS = 250  # prompt and report without visual tokens, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,16 @@ class DecoderPlan:
     """short: steps with short readings, of `steps` in all."""
 
     seed: int = 0
-    steps: int = 1600
-    short: int = 700
-    reports: int = 12  # per step and process with short readings; half as many with long ones
-    fresh: int = 2  # studies encoded per step and process
+    steps: int = 800
+    short: int = 400
+    reports: int = 16  # per step and process at most
+    tokens: int = 6000  # of all readings of a step and process together
+    fresh: int = 1  # studies encoded per step and process
     kept: int = 2000  # encoded studies in memory per process
-    first: int = 200
+    first: int = 250
     rate: float = 2e-3
     decay_from: float = 0.6
-    held_out: int = 96  # studies to watch the training by
+    held_out: int = 80  # studies to watch the training by
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,7 +171,7 @@ def train_decoder(folder: Path, plan: DecoderPlan, *, rank: int = 0, processes: 
         optimisers.load_state_dict(state["optimisers"])
         begin, seconds = state["step"], state["cpu_seconds"]
     schedule = Schedule(plan.rate, plan.steps, plan.decay_from)
-    mixture = Mixture(nodules=None, fresh=1)
+    mixture = Mixture(nodules=None, fresh=1, size=60)
     studies = examples(plan.seed + 1, rank, begin, plan.fresh, mixture)
     random = np.random.default_rng((plan.seed, rank, begin, 2))
     cache: list[Encoded] = []
@@ -183,11 +185,8 @@ def train_decoder(folder: Path, plan: DecoderPlan, *, rank: int = 0, processes: 
         cache += [encode(eyes, study.images, study.labels) for study in next(studies)]
         del cache[: max(0, len(cache) - plan.kept)]
         short = step < plan.short
-        chosen = random.choice(len(cache), max(1, plan.reports // (1 if short else 2)), replace=False)
-        some = []
-        for index in chosen:
-            shown = show_suspects(cache[index], random) if short else show_pruned(cache[index], random)
-            some.append((shown, cache[index].labels, QUESTIONS[int(random.random() < 0.15)]))
+        chosen = random.permutation(len(cache))[: plan.reports]
+        some = _readings([cache[index] for index in chosen], plan, short, random)
         loss = report_loss(model, writer, some)
         loss.backward()  # type: ignore[no-untyped-call]
         average_gradients(model, processes)
@@ -215,6 +214,22 @@ def train_decoder(folder: Path, plan: DecoderPlan, *, rank: int = 0, processes: 
             model.train()
             pairs = [(one.labels, read(text)) for one, text in zip(held_out, texts, strict=True)]
             say("held out " + json.dumps(summary(accuracy_of(pairs))))
+
+
+def _readings(
+    studies: Sequence[Encoded], plan: DecoderPlan, short: bool, random: np.random.Generator
+) -> list[tuple[Shown, Labels, str]]:
+    """Readings of one step: of one pruning setting, and as many as fit into plan.tokens."""
+    setting = draw_setting(random)
+    some: list[tuple[Shown, Labels, str]] = []
+    room = plan.tokens
+    for study in studies:
+        shown = show_suspects(study, random) if short else show_pruned(study, setting, random)
+        room -= int(shown.kept.sum()) + TEXT_TOKENS
+        if some and room < 0:
+            break
+        some.append((shown, study.labels, QUESTIONS[int(random.random() < 0.15)]))
+    return some
 
 
 def summary(accuracy: Accuracy) -> dict[str, str]:

@@ -256,7 +256,8 @@ def _area(positive: NDArray[np.float32], negative: NDArray[np.float32]) -> float
 
 def _best_f1(positive: NDArray[np.float32], negative: NDArray[np.float32]) -> float:
     """With its threshold chosen on the same studies: optimistic."""
-    return max(
+    scores = (
         float(2 * (positive >= cut).sum() / ((positive >= cut).sum() + (negative >= cut).sum() + len(positive)))
         for cut in positive
     )
+    return max(scores, default=float("nan"))

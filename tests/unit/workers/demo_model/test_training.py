@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from workers.demo_model.encode import Encoded, encode, show_pruned, show_suspects
+from workers.demo_model.encode import Encoded, draw_setting, encode, show_pruned, show_suspects
 from workers.demo_model.optimise import Schedule
 from workers.demo_model.phantom import Protocol, build
 from workers.demo_model.pool import TRAINING_SEEDS, Mixture, examples, expose, member_of
@@ -69,7 +69,8 @@ def test_suspects_are_as_many_whatever_the_study(encoded: Encoded) -> None:
 def test_pruned_reading_keeps_part_of_the_tokens(encoded: Encoded) -> None:
     """Over many draws, settings from everything to little occur."""
     random = np.random.default_rng(0)
-    shares = [float(show_pruned(encoded, random).kept.float().mean()) for _ in range(40)]
+    settings = [draw_setting(random) for _ in range(40)]
+    shares = [float(show_pruned(encoded, setting, random).kept.float().mean()) for setting in settings]
 
     assert max(shares) == 1
     assert min(shares) < 0.5
