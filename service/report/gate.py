@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,7 +17,7 @@ from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
-from pydicom import dcmread
+from pydicom import config, dcmread
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 from pydicom.uid import BasicTextSRStorage
@@ -94,20 +93,16 @@ def check(
     evidence: SOP Instance UIDs that an SR must list, no more and no less; None where the caller cannot know.
     verbatim: UIDs of the source; an error of form in one of them is the source's, not ours.
     """
-    dataset = _read(content)
-    if dataset is None:
-        return _UNREADABLE
-    return (*_own_findings(dataset, evidence), *_dciodvfy(content, frozenset(verbatim)))
+    with config.disable_value_validation():  # what is invalid is a finding, not a warning that quotes it
+        own = _own_findings(content, evidence, ours=True)
+    return _UNREADABLE if own is None else (*own, *_dciodvfy(content, frozenset(verbatim)))
 
 
 def check_any(content: bytes) -> tuple[GateFinding, ...]:
     """Check any DICOM object, of whatever origin; own assertions only where it says that it is ours."""
-    dataset = _read(content)
-    if dataset is None:
-        return _UNREADABLE
-    ours = dataset.get("ManufacturerModelName") == MODEL_NAME
-    own = tuple(_own_findings(dataset, None)) if ours else ()
-    return (*own, *_dciodvfy(content, frozenset()))
+    with config.disable_value_validation():
+        own = _own_findings(content, None, ours=False)
+    return _UNREADABLE if own is None else (*own, *_dciodvfy(content, frozenset()))
 
 
 def passes(findings: Collection[GateFinding]) -> bool:
@@ -116,15 +111,6 @@ def passes(findings: Collection[GateFinding]) -> bool:
 
 
 _UNREADABLE = (GateFinding(Severity.ERROR, "pydicom", "not readable as DICOM Part 10"),)
-
-
-def _read(content: bytes) -> Dataset | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they would quote values
-        try:
-            return dcmread(BytesIO(content), stop_before_pixels=True)
-        except MALFORMED:
-            return None
 
 
 @cache
@@ -185,9 +171,18 @@ def without_values(line: str) -> str:
     return re.sub(r"= '.*' \(0x[0-9a-f]+\)", "= ...", line).strip()
 
 
-def _own_findings(dataset: Dataset, evidence: Collection[str] | None) -> Iterator[GateFinding]:
-    for text in _assertions(dataset, evidence):
-        yield GateFinding(Severity.ERROR, MODEL_NAME, text)
+def _own_findings(content: bytes, evidence: Collection[str] | None, *, ours: bool) -> list[GateFinding] | None:
+    """Every assertion that does not hold; None when `content` cannot be read.
+
+    ours: False where that is to be found out; nothing is asserted of other makers' objects.
+    """
+    try:
+        dataset = dcmread(BytesIO(content), stop_before_pixels=True)
+        if not ours and dataset.get("ManufacturerModelName") != MODEL_NAME:
+            return []
+        return [GateFinding(Severity.ERROR, MODEL_NAME, text) for text in _assertions(dataset, evidence)]
+    except MALFORMED:
+        return None
 
 
 def _assertions(dataset: Dataset, evidence: Collection[str] | None) -> Iterator[str]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydicom import dcmread
+from pydicom import config, dcmread
 from pydicom.charset import python_encoding
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import CTImageStorage, MRImageStorage
 
 from service.report.attributes import Action, Charset, Repair, decoded, uid_is_valid, valid
@@ -134,10 +134,12 @@ _WANTED = [
     *_IDENTITY,
     *(rule.keyword for rules in (_PATIENT_AND_STUDY, _EQUIPMENT, _SERIES) for rule in rules),
 ]
+_NO_TEXT = b"?\\"  # of a sequence, for instance: two values, thus valid under no rule
 _CLASS_OF_MODALITY = {"CT": CTImageStorage, "MR": MRImageStorage}
 # What pydicom raises on bytes that are no DICOM, or stop being it half-way
 MALFORMED = (
-    InvalidDicomError, EOFError, ValueError, KeyError, AttributeError, NotImplementedError, struct.error,
+    InvalidDicomError, BytesLengthException, EOFError, ValueError, KeyError, AttributeError, NotImplementedError,
+    struct.error,
 )  # fmt: skip
 
 
@@ -149,10 +151,15 @@ def read_source(paths: Iterable[Path], *, default_charset: str = "ISO_IR 100") -
     """
     if default_charset not in python_encoding:
         raise ValueError(f"default_charset {default_charset!r} is no defined term of Specific Character Set")
+    with config.disable_value_validation():  # our own rules hold here, and pydicom's warnings quote values
+        return _read(sorted(paths), default_charset)
+
+
+def _read(paths: Sequence[Path], default_charset: str) -> SourceStudy:
     headers: list[tuple[SourceInstance, str, Dataset]] = []
     repairs: dict[Repair, None] = {}  # in order of discovery, each once
     unreadable = 0
-    for path in sorted(paths):
+    for path in paths:
         header = _header(path)
         identified = None if header is None else _identify(header, path, repairs)
         if header is None or identified is None:
@@ -188,6 +195,10 @@ def _header(path: Path) -> Dataset | None:
             return dcmread(path, stop_before_pixels=True, specific_tags=_WANTED)
         except MALFORMED:
             return None
+        except OSError as error:
+            if error.errno is not None:
+                raise  # of the disk; pydicom's own, about a data set that ends too early, has no number
+            return None
 
 
 def _each_once(instances: Iterable[SourceInstance]) -> tuple[SourceInstance, ...]:
@@ -201,8 +212,8 @@ def _identify(
     """The instance and its study's UID; what is missing is taken from the file's meta header or by rule."""
     uid = {keyword: _plain(header, keyword) for keyword in _IDENTITY}
     meta = getattr(header, "file_meta", Dataset())
-    instance_uid = uid["SOPInstanceUID"] or str(meta.get("MediaStorageSOPInstanceUID", ""))
-    class_uid = uid["SOPClassUID"] or str(meta.get("MediaStorageSOPClassUID", ""))
+    instance_uid = uid["SOPInstanceUID"] or _plain(meta, "MediaStorageSOPInstanceUID")
+    class_uid = uid["SOPClassUID"] or _plain(meta, "MediaStorageSOPClassUID")
     class_uid = class_uid or _CLASS_OF_MODALITY.get(uid["Modality"], "")
     series_uid = uid["SeriesInstanceUID"] or derived_uid("series without a UID", uid["StudyInstanceUID"])
     if not instance_uid or not class_uid:
@@ -271,7 +282,7 @@ def _items(
         try:
             sequence = header[keyword]
             items = list(sequence.value) if sequence.VR == "SQ" else None
-        except MALFORMED:
+        except (*MALFORMED, OSError):
             items = None
     if items is None:
         repairs[Repair(keyword, Action.DROPPED)] = None
@@ -303,7 +314,7 @@ def _plain(header: Dataset, keyword: str) -> str:
 
 
 def _bytes(header: Dataset, keyword: str) -> bytes | None:
-    """The value as it was received, whatever VR it came under; None when absent, b"?\\" when it is no text.
+    """The value as it was received, whatever VR it came under; None when absent.
 
     pydicom would decode, validate and warn with the value; results need their own rules for all three.
     """
@@ -311,7 +322,10 @@ def _bytes(header: Dataset, keyword: str) -> bytes | None:
     assert tag is not None, keyword
     if tag not in header:
         return None
-    value: Any = header.get_item(tag).value
+    try:
+        value: Any = header.get_item(tag).value
+    except MALFORMED:
+        return _NO_TEXT
     if value is None:
         return b""
     if isinstance(value, bytes):
@@ -320,4 +334,4 @@ def _bytes(header: Dataset, keyword: str) -> bytes | None:
         return value.encode("ascii", "replace")
     if isinstance(value, Iterable) and all(isinstance(part, str) for part in value):
         return "\\".join(value).encode("ascii", "replace")
-    return b"?\\"  # a sequence, for instance: two values, thus valid under no rule
+    return _NO_TEXT

@@ -24,6 +24,7 @@ from highdicom.sr import (
     UIDRefContentItem,
 )
 from highdicom.sr.coding import CodedConcept
+from pydicom import config
 from pydicom.dataset import Dataset
 from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage, EnhancedSRStorage
 
@@ -59,7 +60,8 @@ def build_sr(
     Raises ValueError when none of the analysed instances is in `source`.
     """
     _, unlisted = analysed_instances(output, source)
-    root = _content(output, source, settings, run, unlisted)
+    with config.disable_value_validation():  # UIDs of the source are copied even where they are invalid
+        root = _content(output, source, settings, run, unlisted)
     return document(output, source, settings, run, sop_class_uid=SOP_CLASSES[sop_class], root=root)
 
 

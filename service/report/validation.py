@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydicom import dcmread
+from pydicom import config, dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
 from rich.markup import escape
@@ -69,13 +68,12 @@ def _times(count: int) -> str:
 
 
 def _kind(path: Path) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they would quote values
+    with config.disable_value_validation():  # warnings would quote values
         try:
             header = dcmread(path, specific_tags=["SOPClassUID"], stop_before_pixels=True)
+            uid = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID", "")
+            return UID(str(uid)).name or "no SOP class"
         except InvalidDicomError:
             return "not DICOM"
         except MALFORMED:
             return "unreadable"
-    uid = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID", "")
-    return UID(str(uid)).name or "no SOP class"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 from pydicom import dcmread
@@ -204,6 +206,36 @@ def test_other_peoples_files_give_a_source_or_a_reason(name: str) -> None:
         assert not dcmread(str(path), force=True).get("StudyInstanceUID") or name == "no_meta.dcm"
     else:
         assert source.study_uid
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("folder", [BODY, HEAD], ids=["body", "head"])
+def test_damaged_headers_give_a_source_or_a_reason(tmp_path: Path, folder: Path) -> None:
+    """Whatever bytes of a real header are overwritten, nothing else than SourceError comes out."""
+    header = next(iter(sorted(folder.glob("*.dcm")))).read_bytes()[:6000]
+    random = Random(20261123)
+    path = tmp_path / "damaged.dcm"
+    outcomes = Counter[str]()
+
+    for _ in range(300):
+        damaged = bytearray(header)
+        for _ in range(random.randint(1, 12)):
+            place = random.randrange(132, len(damaged) - 2)
+            damaged[place : place + 2] = random.choice((random.randbytes(2), random.randbytes(5), b"\xff\xff", b"SQ"))
+        path.write_bytes(damaged)
+        try:
+            outcomes["read"] += bool(read_source([path]).study_uid)
+        except SourceError:
+            outcomes["refused"] += 1
+
+    assert outcomes["read"] + outcomes["refused"] == 300
+    assert min(outcomes.values()) > 10
+
+
+def test_a_disk_that_fails_is_not_a_header_that_cannot_be_read(tmp_path: Path) -> None:
+    """A missing file is a fault to be retried, not an instance to be left out."""
+    with pytest.raises(FileNotFoundError):
+        read_source([tmp_path / "gone.dcm"])
 
 
 def _with_raw(header: Dataset, keyword: str, vr: str, value: bytes) -> Dataset:
