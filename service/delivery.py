@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from itertools import repeat
 from pathlib import Path
 from threading import Event, Thread
 
@@ -26,6 +29,7 @@ from service.shared.settings import DestinationSettings, ScpSettings, Settings
 ACTOR = "service/delivery"
 BATCH = 64  # results per association
 MAX_CONTEXTS = 128  # PS3.8 9.3.2.2: odd ids 1 to 255
+VERIFICATION = "1.2.840.10008.1.1"
 
 _config.STORE_SEND_CHUNKED_DATASET = True  # a file's data set goes out as it lies there, never encoded again
 
@@ -53,6 +57,8 @@ def judge(status: int) -> Answer:
         return Answer(Verdict.STORED, status, None)
     if status == 0x0001 or status in (0x0107, 0x0116) or 0xB000 <= status <= 0xBFFF:
         return Answer(Verdict.STORED, status, f"stored with warning 0x{status:04X}")
+    if status == 0x0111:  # duplicate SOP Instance: one UID of ours never has other bytes, so it is this one
+        return Answer(Verdict.STORED, status, "the destination has it already (0x0111)")
     if 0xA700 <= status <= 0xA7FF:
         return Answer(Verdict.AGAIN, status, f"out of resources at the destination (0x{status:04X})")
     return Answer(Verdict.REFUSED, status, f"refused by the destination (0x{status:04X})")
@@ -113,9 +119,10 @@ def deliver_due(
         return 0
     files = [settings.data.path / result.path for _, result in due]
     results = [result for _, result in due]
-    for (delivery, _), answer in zip(due, send(destination, settings.scp, results, files), strict=True):
-        with sessions.begin() as session:
-            record(session, delivery, answer, destination, datetime.now(UTC))
+    with closing(send(destination, settings.scp, results, files)) as answers:
+        for (delivery, _), answer in zip(due, answers, strict=True):
+            with sessions.begin() as session:
+                record(session, delivery, answer, destination, datetime.now(UTC))
     return len(due)
 
 
@@ -154,39 +161,43 @@ def record(
         log.warning("delivery_postponed", next_attempt_at=at.isoformat(timespec="seconds"), **fields)
 
 
-def send(destination: DestinationSettings, scp: ScpSettings, results: list[Result], files: list[Path]) -> list[Answer]:
-    """C-STORE the files over one association; one answer per file, in order."""
-    association, connected = _associate(destination, scp, {result.sop_class_uid for result in results})
-    if not association.is_established:
-        reason = _why_not(association, destination, connected=connected)
-        return [Answer(Verdict.AGAIN, None, reason) for _ in results]
-    answers = [_store(association, destination, result, file) for result, file in zip(results, files, strict=True)]
-    if association.is_established:
-        association.release()
-    return answers
+def send(
+    destination: DestinationSettings, scp: ScpSettings, results: Sequence[Result], files: Sequence[Path]
+) -> Generator[Answer]:
+    """C-STORE the files over one association; one answer per file, in order, each as soon as it is there."""
+    association = _associate(destination, scp, {result.sop_class_uid for result in results})
+    if isinstance(association, Answer):
+        yield from repeat(association, len(results))
+        return
+    try:
+        for result, file in zip(results, files, strict=True):
+            yield _store(association, destination, result, file)
+    finally:
+        if association.is_established:
+            association.release()
 
 
 def echo(destination: DestinationSettings, scp: ScpSettings) -> tuple[bool, str]:
     """C-ECHO the destination: whether it answered, and a sentence for people."""
-    association, connected = _associate(destination, scp, {"1.2.840.10008.1.1"})
-    if not association.is_established:
-        return False, _why_not(association, destination, connected=connected)
-    status = association.send_c_echo()
-    association.release()
-    code = status.get("Status")
-    if code == 0x0000:
-        return (
-            True,
-            f"{destination.ae_title} at {destination.host}:{destination.port} answers C-ECHO with Success",
-        )
-    return (
-        False,
-        f"{destination.ae_title} at {destination.host}:{destination.port} answered C-ECHO with {code}",
-    )
+    association = _associate(destination, scp, {VERIFICATION})
+    if isinstance(association, Answer):
+        return False, association.reason or ""
+    try:
+        code = association.send_c_echo().get("Status")
+    except (RuntimeError, ValueError):  # it ended meanwhile
+        code = None
+    if association.is_established:
+        association.release()
+    where = _where(destination)
+    if code is None:
+        return False, f"{where} did not answer C-ECHO"
+    if code != 0x0000:
+        return False, f"{where} answered C-ECHO with 0x{code:04X}"
+    return True, f"{where} answers C-ECHO with Success"
 
 
-def _associate(destination: DestinationSettings, scp: ScpSettings, sop_classes: set[str]) -> tuple[Association, bool]:
-    """Ask for an association; it, and whether there was a connection (pynetdicom calls both failures aborted)."""
+def _associate(destination: DestinationSettings, scp: ScpSettings, sop_classes: set[str]) -> Association | Answer:
+    """An established association, or what it means for each of these classes that there is none."""
     application = AE(ae_title=destination.calling_ae_title or scp.ae_title)
     application.connection_timeout = destination.timeout_s
     application.acse_timeout = destination.timeout_s
@@ -194,18 +205,39 @@ def _associate(destination: DestinationSettings, scp: ScpSettings, sop_classes: 
     application.network_timeout = destination.timeout_s
     contexts = [build_context(uid, ExplicitVRLittleEndian) for uid in sorted(sop_classes)[:MAX_CONTEXTS]]
     connections: list[evt.Event] = []
-    association = application.associate(
-        destination.host,
-        destination.port,
-        contexts=contexts,
-        ae_title=destination.ae_title,
-        evt_handlers=[(evt.EVT_CONN_OPEN, connections.append)],
+    try:
+        association = application.associate(
+            destination.host,
+            destination.port,
+            contexts=contexts,
+            ae_title=destination.ae_title,
+            evt_handlers=[(evt.EVT_CONN_OPEN, connections.append)],
+        )
+    except (OSError, UnicodeError):  # from the resolver
+        return Answer(Verdict.AGAIN, None, f"{_where(destination)}: no such host; check [[destination]] host")
+    if association.is_established:
+        return association
+    if association.rejected_contexts:  # and none accepted: then pynetdicom aborts by itself
+        return _not_supported(destination, sop_classes)
+    return Answer(Verdict.AGAIN, None, _why_not(association, destination, connected=bool(connections)))
+
+
+def _where(destination: DestinationSettings) -> str:
+    return f"{destination.ae_title} at {destination.host}:{destination.port}"
+
+
+def _not_supported(destination: DestinationSettings, sop_classes: Iterable[str]) -> Answer:
+    """PS3.7 annex C: 0x0122, SOP Class not supported. Only another configuration, here or there, changes that."""
+    return Answer(
+        Verdict.REFUSED,
+        0x0122,
+        f"{destination.ae_title} takes no SOP class {', '.join(sorted(sop_classes))}; "
+        f"try another sr_sop_class for [[destination]] {destination.name}",
     )
-    return association, bool(connections)
 
 
 def _why_not(association: Association, destination: DestinationSettings, *, connected: bool) -> str:
-    where = f"{destination.ae_title} at {destination.host}:{destination.port}"
+    where = _where(destination)
     if association.is_rejected:
         primitive = association.acceptor.primitive
         why = f"{primitive.result_str}: {primitive.reason_str}" if primitive else "no reason given"
@@ -220,12 +252,7 @@ def _store(association: Association, destination: DestinationSettings, result: R
         return Answer(Verdict.AGAIN, None, "the association ended before this result was sent")
     accepted = {context.abstract_syntax for context in association.accepted_contexts}
     if result.sop_class_uid not in accepted:
-        return Answer(
-            Verdict.REFUSED,
-            0x0122,  # PS3.7 C: SOP Class not supported
-            f"{destination.ae_title} takes no SOP class {result.sop_class_uid}; "
-            f"try another sr_sop_class for [[destination]] {destination.name}",
-        )
+        return _not_supported(destination, [result.sop_class_uid])
     try:
         intact = digest(file.read_bytes()) == result.sha256
     except OSError as error:
