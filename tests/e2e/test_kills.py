@@ -10,8 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from sqlalchemy import func, select
 
 from service import dispatch
+from service.shared.db import Analysis, Study
 from service.shared.settings import spool_folder
 from tests.phantom_series import PhantomSeries
 from tests.running import PATIENCE_S, Pacs, Service, Storescp, Story, deliveries, kinds, send
@@ -186,3 +188,13 @@ def test_one_message_delivered_three_times_in_parallel(service: Service, storesc
 
     assert_one_report(service, storescp, study_uid)
     assert kinds(service.story(study_uid)).count("analysis-started") == 1
+
+
+def test_no_second_report_came_later(service: Service, storescp: Storescp) -> None:
+    """After all these deaths every study at the PACS has one distinct report, whatever was still on its way."""
+    with service.sessions() as session:
+        study_uids = list(session.scalars(select(Study.study_uid)))
+        analyses = session.scalar(select(func.count()).select_from(Analysis))
+
+    assert {uid: len(storescp.report_uids(uid)) for uid in study_uids} == dict.fromkeys(study_uids, 1)
+    assert analyses == len(study_uids)
