@@ -191,6 +191,20 @@ def test_port_scans_leave_no_thread_behind(receiver: Running) -> None:
     wait_until(lambda: len(threads()) <= before)
 
 
+def test_stopping_receiver_does_not_wait_for_silent_connections(receiver: Running) -> None:
+    """Who has not asked for an association is dropped at once; who has one may finish."""
+    association = associate(receiver.port)
+    with connect(receiver.port) as silent:
+        wait_until(lambda: len([thread for thread in threads() if "AcceptorThread" in thread.name]) == 2)
+        stopping = Thread(target=receiver.receiver.stop, args=(30,))
+        stopping.start()
+
+        assert is_dropped(silent)
+    assert send_instance(association, instance()) == 0x0000
+    association.release()
+    stopping.join()
+
+
 @pytest.mark.parametrize("pdu_type", range(1, 8))
 def test_request_of_four_gigabytes_is_refused_before_it_is_read(receiver: Running, pdu_type: int) -> None:
     """The claimed length alone ends the connection; not a byte of it is awaited."""
