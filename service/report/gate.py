@@ -86,22 +86,27 @@ ALLOWED_WARNINGS: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def check(
-    content: bytes, *, evidence: Collection[str] | None = None, verbatim: Collection[str] = ()
+    content: bytes,
+    *,
+    evidence: Collection[str] | None = None,
+    verbatim: Collection[str] = (),
+    charset: str = "ISO_IR 192",
 ) -> tuple[GateFinding, ...]:
     """Check one of our results before it is stored for sending.
 
     evidence: SOP Instance UIDs that an SR must list, no more and no less; None where the caller cannot know.
     verbatim: UIDs of the source; an error of form in one of them is the source's, not ours.
+    charset: that of the destination, where it takes no UTF-8.
     """
     with config.disable_value_validation():  # what is invalid is a finding, not a warning that quotes it
-        own = _own_findings(content, evidence, ours=True)
+        own = _own_findings(content, evidence, charset, ours=True)
     return _UNREADABLE if own is None else (*own, *_dciodvfy(content, frozenset(verbatim)))
 
 
 def check_any(content: bytes) -> tuple[GateFinding, ...]:
     """Check any DICOM object, of whatever origin; own assertions only where it says that it is ours."""
     with config.disable_value_validation():
-        own = _own_findings(content, None, ours=False)
+        own = _own_findings(content, None, None, ours=False)
     return _UNREADABLE if own is None else (*own, *_dciodvfy(content, frozenset()))
 
 
@@ -171,7 +176,9 @@ def without_values(line: str) -> str:
     return re.sub(r"= '.*' \(0x[0-9a-f]+\)", "= ...", line).strip()
 
 
-def _own_findings(content: bytes, evidence: Collection[str] | None, *, ours: bool) -> list[GateFinding] | None:
+def _own_findings(
+    content: bytes, evidence: Collection[str] | None, charset: str | None, *, ours: bool
+) -> list[GateFinding] | None:
     """Every assertion that does not hold; None when `content` cannot be read.
 
     ours: False where that is to be found out; nothing is asserted of other makers' objects.
@@ -180,20 +187,22 @@ def _own_findings(content: bytes, evidence: Collection[str] | None, *, ours: boo
         dataset = dcmread(BytesIO(content), stop_before_pixels=True)
         if not ours and dataset.get("ManufacturerModelName") != MODEL_NAME:
             return []
-        return [GateFinding(Severity.ERROR, MODEL_NAME, text) for text in _assertions(dataset, evidence)]
+        return [GateFinding(Severity.ERROR, MODEL_NAME, text) for text in _assertions(dataset, evidence, charset)]
     except MALFORMED:
         return None
 
 
-def _assertions(dataset: Dataset, evidence: Collection[str] | None) -> Iterator[str]:
+def _assertions(dataset: Dataset, evidence: Collection[str] | None, charset: str | None) -> Iterator[str]:
     """What must hold for every result of ours, and does not."""
     meta = getattr(dataset, "file_meta", Dataset())
     if meta.get("MediaStorageSOPInstanceUID") != dataset.get("SOPInstanceUID"):
         yield "SOPInstanceUID differs from MediaStorageSOPInstanceUID"
     if not str(dataset.get("SOPInstanceUID", "")).startswith("2.25."):
         yield "SOPInstanceUID is not derived under 2.25"
-    if dataset.get("SpecificCharacterSet") != "ISO_IR 192":
-        yield "SpecificCharacterSet is not ISO_IR 192"
+    declared = dataset.get("SpecificCharacterSet") or ""
+    written = declared if isinstance(declared, str) else "\\".join(declared)
+    if charset is not None and written != charset:
+        yield f"SpecificCharacterSet is not {charset}"
     lost = {element.keyword for element in dataset.iterall() if element.VR != "SQ" and "\ufffd" in str(element.value)}
     yield from (f"{keyword} holds a replacement character" for keyword in sorted(lost))
     if not any(
