@@ -6,11 +6,14 @@ import getpass
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Annotated
 
 import structlog
@@ -20,7 +23,7 @@ from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service import assembly, commands, delivery, dispatch, history, printing, results, sender, supervisor
+from service import assembly, chain, commands, delivery, dispatch, history, printing, results, sender, supervisor
 from service.broker import NoRedisServer
 from service.demo import run_demo
 from service.receiver import Receiver
@@ -33,6 +36,7 @@ from service.shared.settings import (
     DestinationSettings,
     Settings,
     database_url,
+    heads_file,
     leaves,
     load,
     resolve,
@@ -47,6 +51,8 @@ log = structlog.get_logger(__name__)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
+audit_app = typer.Typer(no_args_is_help=True, help="Check the audit, and take it out.")
+app.add_typer(audit_app, name="audit")
 
 ConfigOption = Annotated[
     Path | None,
@@ -114,7 +120,11 @@ def _receive(settings: Settings, stop: Event) -> None:
 
 
 def _ingest(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
-    assembly.ingest_for_ever(settings, sessions, Spool(spool_folder(settings), 0), stop)
+    def chained() -> None:
+        chain.chain_for_ever(settings.audit, heads_file(settings), sessions, stop)
+
+    with _beside(stop, chained):
+        assembly.ingest_for_ever(settings, sessions, Spool(spool_folder(settings), 0), stop)
 
 
 def _dispatch(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
@@ -279,6 +289,38 @@ def cancel(
     typer.echo(f"{count} analyses cancelled")
 
 
+# --- audit ----------------------------------------------------------------------------------------------------------
+
+
+@audit_app.command("verify")
+def audit_verify(
+    config: ConfigOption = None,
+    heads: Annotated[
+        list[Path] | None, typer.Option(help="File of exported heads, as kept elsewhere; our own without it.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compute the hash chain over the audit again; exit 1 and name the first row that is not as it was."""
+    settings = _load(config)
+    try:
+        known = [head for file in heads or [heads_file(settings)] for head in chain.read_heads(file)]
+    except (OSError, ValueError) as error:
+        raise _fail(f"the exported heads cannot be read: {error}") from error
+    started = time.perf_counter()
+    with _reading(settings, read_only=True)() as session:
+        found = chain.verify(session.connection(), known)
+    rate = found.checked / max(time.perf_counter() - started, 1e-6)
+    if as_json:
+        printing.print_json(asdict(found))
+    else:
+        typer.echo(f"{found.checked} events checked ({rate:,.0f} a second), {found.heads_checked} exported heads")
+        typer.echo(f"{found.not_chained} events not chained yet")
+        typer.echo(
+            f"FAULT: {found.fault}" if found.fault else f"the chain is whole; its head is {found.head or 'empty'}"
+        )
+    raise SystemExit(1 if found.fault else 0)
+
+
 # --- configuration --------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +365,20 @@ def version() -> None:
 
 
 # --- wiring ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _beside(stop: Event, *loops: Callable[[], None]) -> Iterator[None]:
+    """Run loops that heed `stop` in threads of their own while the block runs; its end ends them."""
+    threads = [Thread(target=loop) for loop in loops]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def _load(config: Path | None) -> Settings:
@@ -378,9 +434,9 @@ def _sessions_when_ready(settings: Settings, stop: Event) -> sessionmaker[Sessio
     return None
 
 
-def _reading(settings: Settings) -> sessionmaker[Session]:
+def _reading(settings: Settings, *, read_only: bool = False) -> sessionmaker[Session]:
     """Sessions for a command; exit 2 when there is no database to look at."""
-    engine = open_engine(database_url(settings))
+    engine = open_engine(database_url(settings), read_only=read_only)
     try:
         if schema.is_current(engine):
             return open_sessions(engine)

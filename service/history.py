@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
+from service import chain
 from service.shared.db import (
     Analysis,
     AnalysisState,
@@ -45,6 +46,7 @@ def status(session: Session, destinations: Sequence[DestinationSettings], now: d
         .tuples()
         .all()
     )
+    behind = chain.lag(session)
     paused = set(session.scalars(select(Destination.name).where(Destination.paused.is_(True))))
     return {
         "studies": _counts(session, Study.state, StudyState),
@@ -52,7 +54,12 @@ def status(session: Session, destinations: Sequence[DestinationSettings], now: d
         "instances": session.scalar(select(func.count()).select_from(Instance)),
         "analyses": _counts(session, Analysis.state, AnalysisState),
         "deliveries": _counts(session, Delivery.state, DeliveryState),
-        "oldest_unfinished_s": round((now - oldest).total_seconds()) if oldest else None,
+        "oldest_unfinished_s": _age_s(oldest, now),
+        "audit": {
+            "chained": behind.chained,
+            "waiting": behind.waiting,
+            "lag_s": _age_s(behind.oldest_waiting_at, now) or 0,
+        },
         "destinations": [
             {
                 "name": one.name,
@@ -170,6 +177,10 @@ def _analysis_story(session: Session, analysis: Analysis) -> Row:
             for result in results
         ],
     }
+
+
+def _age_s(since: datetime | None, now: datetime) -> int | None:
+    return None if since is None else max(0, round((now - since).total_seconds()))
 
 
 def _counts(session: Session, column: Any, states: Any) -> dict[str, int]:

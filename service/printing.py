@@ -48,6 +48,9 @@ def print_status(console: Console, status: Row) -> None:
     table.add_row("deliveries", _state_counts(status["deliveries"]))
     oldest = status["oldest_unfinished_s"]
     table.add_row("oldest unfinished", "none" if oldest is None else f"{oldest} s")
+    audit = status["audit"]
+    behind = f", {audit['waiting']} not yet (the oldest {audit['lag_s']} s)" if audit["waiting"] else ""
+    table.add_row("audit chain", f"{audit['chained']} events{behind}")
     console.print(table)
     if not status["destinations"]:
         console.print("No [[destination]] is configured: results are kept and sent nowhere.", markup=False)

@@ -55,6 +55,10 @@ class AuditKind(StrEnum):
     SIGNED_IN = "signed-in"
     SIGN_IN_FAILED = "sign-in-failed"
     SIGNED_OUT = "signed-out"
+    AUDIT_EXPORTED = "audit-exported"  # by a command
+    SPOOL_REMOVED = "spool-removed"  # instances of a study, by age, after everything about it was delivered
+    RESULTS_REMOVED = "results-removed"  # stored outputs and result objects of a study, by age
+    STUDY_FORGOTTEN = "study-forgotten"  # by a command: whatever names or describes its patient was erased
 
 
 def append(

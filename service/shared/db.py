@@ -336,6 +336,16 @@ class AuditEvent(Base):
     vouches_sha256: Mapped[str | None] = mapped_column(String(64))
 
 
+class AuditChain(Base):
+    """Append-only (triggers). Which event stands where in the chain, and the hash up to it; written by chain.py."""
+
+    __tablename__ = "audit_chain"
+
+    seq: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=False)  # 1, 2, 3, ... without gaps
+    event_id: Mapped[int] = mapped_column(BigId, unique=True)
+    hash: Mapped[str] = mapped_column(String(64))
+
+
 def open_engine(url: str, *, read_only: bool = False) -> Engine:
     """An engine with the recipe each database needs for several processes that write.
 

@@ -30,6 +30,7 @@ class Section(BaseModel):
 
 class DataSettings(Section):
     path: Path = Path("var")
+    keep_days: float = Field(default=90, ge=0)
 
 
 class ScpSettings(Section):
@@ -128,11 +129,17 @@ class SeriesSettings(Section):
     decode_memory_gb: float = Field(default=8, gt=0)
 
 
+class Companion(StrEnum):
+    SC = "sc"  # a colour picture of every slice with what the model was shown; any viewer
+    SEG = "seg"  # the same as a binary segmentation, for machines
+
+
 class RouteSettings(Section):
     name: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
     match: dict[str, str] = Field(default_factory=dict)
     prompt: str | None = None
     destinations: tuple[str, ...] | None = None
+    companions: tuple[Companion, ...] = ()
     model: dict[str, Any] = Field(default_factory=dict)
     pruning: dict[str, Any] = Field(default_factory=dict)
     series: dict[str, Any] = Field(default_factory=dict)
@@ -142,6 +149,7 @@ class SrSopClass(StrEnum):
     COMPREHENSIVE_3D = "comprehensive3d"
     COMPREHENSIVE = "comprehensive"
     ENHANCED = "enhanced"
+    BASIC_TEXT = "basic_text"  # for display alone: no measurements, nothing coded
 
 
 class DestinationSettings(Section):
@@ -187,6 +195,26 @@ class WebSettings(Section):
         return self
 
 
+class AuditSettings(Section):
+    chain_interval_s: float = Field(default=1, gt=0)
+    head_interval_s: float = Field(default=3600, gt=0)
+    heads_path: Path | None = None
+    syslog_host: str | None = None
+    syslog_port: int = Field(default=6514, ge=1, le=65535)
+    syslog_ca: Path | None = None
+    syslog_certificate: Path | None = None
+    syslog_key: Path | None = None
+    syslog_interval_s: float = Field(default=5, gt=0)
+    source_id: str = Field(default="medpruner-pacs", min_length=1, max_length=64)
+    enterprise_site_id: str | None = Field(default=None, max_length=64)
+
+    @model_validator(mode="after")
+    def certificate_and_key_come_together(self) -> AuditSettings:
+        if (self.syslog_certificate is None) != (self.syslog_key is None):
+            raise ValueError("syslog_certificate and syslog_key are given together, or both left out")
+        return self
+
+
 class LogSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     format: Literal["text", "json"] = "text"
@@ -209,6 +237,7 @@ class Settings(Section):
     destination: tuple[DestinationSettings, ...] = ()
     report: ReportSettings = ReportSettings()
     web: WebSettings = WebSettings()
+    audit: AuditSettings = AuditSettings()
     log: LogSettings = LogSettings()
 
 
@@ -252,6 +281,11 @@ def resolve(path: Path | None, environ: Mapping[str, str]) -> tuple[Settings, di
 
 def spool_folder(settings: Settings) -> Path:
     return settings.spool.path or settings.data.path / "spool"
+
+
+def heads_file(settings: Settings) -> Path:
+    """Where the heads of the audit chain are exported to."""
+    return settings.audit.heads_path or settings.data.path / "audit" / "heads.jsonl"
 
 
 def database_url(settings: Settings) -> str:

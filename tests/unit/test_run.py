@@ -29,7 +29,7 @@ def test_usage_names_every_command_and_no_other(tmp_path: Path) -> None:
     """What the usage lists is what the two programs offer, beside `test`."""
     usage = run(cwd=tmp_path).stdout
     explained = set(re.findall(r"^  (demo|serve|worker|test) ", usage, re.MULTILINE))
-    groups = re.findall(r"^  (?:talk to a PACS|look|change|configuration|model) +(.*)$", usage, re.MULTILINE)
+    groups = re.findall(r"^  (?:talk to a PACS|look|change|audit|configuration|model) +(.*)$", usage, re.MULTILINE)
     known = set(get_command(service_app).commands) | set(get_command(workers_app).commands)
 
     assert explained | set(" ".join(groups).split()) == known | {"test"}
