@@ -75,19 +75,21 @@ def make_guide(
     *,
     spacing: Spacing,
     modality: str,
+    axial: bool = True,
     window: tuple[float, float] = WIDE_HU,
 ) -> Guide:
     """pooled: (I, h, w) of the inputs, HU for CT; window: what the model sees as black and white, for MR."""
+    finite = np.nan_to_num(pooled, nan=0.0, posinf=0.0, neginf=0.0)
     low, high = WIDE_HU if modality == "CT" else window
     span = max(high - low, 1e-6)
-    units = pooled if modality == "CT" else ((pooled - low) / span * MR_RANGE - MR_RANGE).astype(np.float32)
-    scaled = np.clip((pooled - low) / span, 0, 1) * 2 - 1
+    units = finite if modality == "CT" else ((finite - low) / span * MR_RANGE - MR_RANGE).astype(np.float32)
+    scaled = np.clip((finite - low) / span, 0, 1) * 2 - 1
     rows = max(1, round(pooled.shape[1] * spacing.row_mm / TILE_MM))
     columns = max(1, round(pooled.shape[2] * spacing.column_mm / TILE_MM))
     sums = _cells(scaled, rows, columns, np.add)
     counts = _cells(np.ones_like(scaled[:1]), rows, columns, np.add)
     return Guide(
-        regions=find_regions(pooled, spacing, modality),
+        regions=find_regions(pooled, spacing, modality, axial=axial),
         contrast=local_contrast(units, slice_mm=spacing.slice_mm, pixel_mm=(spacing.row_mm + spacing.column_mm) / 2),
         tiles=np.asarray((sums / counts).reshape(len(pooled), rows, columns), np.float32),
         positions_mm=positions_mm,

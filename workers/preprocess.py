@@ -21,6 +21,8 @@ from workers.volume import Volume
 # Red, green, blue of a CT slice as MedGemma 1.5 was trained: wide, soft tissue, brain (its CT notebook, `window`).
 CT_WINDOWS_HU = ((-1024.0, 1024.0), (-135.0, 215.0), (0.0, 80.0))
 MR_PERCENTILES = (0.5, 99.5)  # over the whole volume; MR has no scale of its own
+UNKNOWN_MM = 1.0  # where a series does not say how large its pixels are
+AXIAL_COSINE = 0.7  # of the stack's direction with the patient's axis
 PERCENTILE_VOXELS = 2**22  # enough for a percentile; a whole volume takes seconds
 
 
@@ -49,19 +51,21 @@ class Prepared:
         return np.repeat(affine[None], len(self.inputs), axis=0)
 
     def guide(self, volume: Volume) -> Guide:
-        """What pruning may know of these inputs; regions by side for axial stacks alone."""
-        rows, columns = self.pixels.shape[1:3]
+        """What pruning may know of these inputs."""
         places = np.array([one.position_mm for one in self.inputs])
         along = float(np.median(np.diff(places))) if len(places) > 1 else volume.spacing_mm[0]
+        row_mm, column_mm = (
+            (mm or UNKNOWN_MM) * whole / pooled
+            for mm, whole, pooled in zip(
+                volume.spacing_mm[1:], self.pixels.shape[1:3], self.pooled.shape[1:], strict=True
+            )
+        )
         return make_guide(
             self.pooled,
             places,
-            spacing=Spacing(
-                along,
-                volume.spacing_mm[1] * rows / self.pooled.shape[1],
-                volume.spacing_mm[2] * columns / self.pooled.shape[2],
-            ),
+            spacing=Spacing(along or UNKNOWN_MM, row_mm, column_mm),
             modality=volume.modality,
+            axial=abs(volume.normal[2]) > AXIAL_COSINE,
             window=self.applied["windows"][0],
         )
 

@@ -60,17 +60,20 @@ class Spacing:
         return self.slice_mm * self.row_mm * self.column_mm / 1000
 
 
-def find_regions(values: NDArray[np.float32], spacing: Spacing, modality: str) -> Regions:
-    """Label each voxel of a stack, head first, whose rows run to the patient's left (HU for CT).
+def find_regions(values: NDArray[np.float32], spacing: Spacing, modality: str, *, axial: bool = True) -> Regions:
+    """Label each voxel of a stack (HU for CT), head first with rows to the patient's left where it is axial.
 
-    Where no body is found everything is one region, and a note says so: nothing may be dropped as air then.
+    Other stacks are body and air. Where no body is found everything is one region, and a note says so: nothing may be
+    dropped as air then.
     """
-    names = CT_NAMES if modality == "CT" else MR_NAMES
-    threshold = BODY_HU if modality == "CT" else _background_level(values)
-    body = find_body(values > threshold, spacing) if np.isfinite(values).all() else np.zeros(values.shape, bool)
+    if not np.isfinite(values).all():
+        return _whole_image(values.shape, "Some values are not numbers")
+    body = find_body(values > (BODY_HU if modality == "CT" else _background_level(values)), spacing)
     if body.mean() < SMALLEST_BODY_SHARE:
-        whole = ("outside the body", "whole image")
-        return Regions(np.ones(values.shape, np.uint8), whole, ("No body was found; the whole image counts as body.",))
+        return _whole_image(values.shape, "No body was found")
+    if not axial:
+        return Regions(body.astype(np.uint8), ("outside the body", "body"))
+    names = CT_NAMES if modality == "CT" else MR_NAMES
     left = _left_of(body)
     labels = np.where(body, _SOFT if modality == "CT" else 1, OUTSIDE).astype(np.uint8)
     labels[body & left] += 1
@@ -78,6 +81,11 @@ def find_regions(values: NDArray[np.float32], spacing: Spacing, modality: str) -
         _label_bright(labels, values, body, left, spacing)
         _label_lungs(labels, values, body, left, spacing)
     return Regions(labels, names)
+
+
+def _whole_image(shape: tuple[int, ...], why: str) -> Regions:
+    note = f"{why}: the whole image counts as one region, and no part of it was left out as air."
+    return Regions(np.ones(shape, np.uint8), ("outside the body", "whole image"), (note,))
 
 
 def find_body(dense: Bools, spacing: Spacing) -> Bools:
@@ -144,12 +152,21 @@ def _label_lungs(labels: NDArray[np.uint8], values: NDArray[np.float32], body: B
         slices = np.flatnonzero(lung.any(axis=(1, 2)))
         if not slices.size:
             continue
-        closed = ndimage.binary_closing(np.pad(lung, ((0, 0), (9, 9), (9, 9))), _disc(CLOSED_MM, at))[:, 9:-9, 9:-9]
+        closed = _closed(lung, _disc(CLOSED_MM, at))
+        for index, layer in enumerate(closed):  # a mass that the lung surrounds is in it, however large
+            closed[index] = ndimage.binary_fill_holes(layer)
         closed &= body & ((labels < _BONE) | lung)
         first, height = slices[0], slices[-1] + 1 - slices[0]
         zone = np.clip((np.arange(len(labels)) - first) * 3 // height, 0, 2)
         wanted = np.broadcast_to((1 + 3 * side + zone)[:, None, None], labels.shape)
         labels[closed] = wanted[closed]
+
+
+def _closed(mask: Bools, disc: Bools) -> Bools:
+    """Closing that does not shrink what touches the border."""
+    rows, columns = disc.shape[1] // 2, disc.shape[2] // 2
+    wide = ndimage.binary_closing(np.pad(mask, ((0, 0), (rows, rows), (columns, columns))), disc)
+    return np.asarray(wide[:, rows : rows + mask.shape[1], columns : columns + mask.shape[2]], bool)
 
 
 def _left_of(body: Bools) -> Bools:

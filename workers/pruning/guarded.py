@@ -91,7 +91,7 @@ def reduce_tokens(
     received (S, n), keys (S, n, d), features (S, n, c) as in tokens.reduce_tokens.
     tau: share of the attention received (sinks and air left out) that each input's tokens hold.
     token_budget: tokens of all inputs together; each input keeps one at least, whatever the budget.
-    A token kept for its salience takes nothing in, so that a small lesion stays what it was.
+    What is kept for a region or for its salience takes nothing in, so that a small lesion stays what it was.
     """
     for values, name in ((received, "attention received"), (keys, "keys"), (features, "features")):
         require_finite(values, name)
@@ -109,7 +109,9 @@ def reduce_tokens(
     best = torch.where(body, priority.clamp(min=0) + shares, -1.0).argmax(dim=1, keepdim=True)
     priority = priority.scatter(1, best, 4 * LEVEL)
     kept = highest(priority, token_budget)
-    merged_into = similar_neighbour(keys, body & ~kept, kept & ~salient, guards.rows, guards.columns, merge_similarity)
+    merged_into = similar_neighbour(
+        keys, body & ~kept, kept & (priority < 2 * LEVEL), guards.rows, guards.columns, merge_similarity
+    )
     alone = body & ~kept & (merged_into < 0)
     room = token_budget - int(kept.sum())
     if room > 0:
