@@ -17,7 +17,9 @@ from pydicom.uid import (
     UID,
     BasicTextSRStorage,
     ExplicitVRLittleEndian,
+    KeyObjectSelectionDocumentStorage,
     MultiFrameTrueColorSecondaryCaptureImageStorage,
+    RLELossless,
     SegmentationStorage,
 )
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
@@ -32,15 +34,13 @@ from service.report.readable import walk
 from service.report.structured_report import SOP_CLASSES
 from service.shared.settings import ReportSettings, Settings
 
-# What we send as SCU; which of them a destination gets is its own setting
-SENT_CLASSES: tuple[str, ...] = tuple(SOP_CLASSES.values())
-SENT_SYNTAXES: tuple[UID, ...] = (ExplicitVRLittleEndian,)
+# What we send as SCU, with the transfer syntaxes proposed; which of them a destination gets is its own setting
+SENT: dict[str, tuple[UID, ...]] = {
+    **dict.fromkeys((*SOP_CLASSES.values(), BasicTextSRStorage, SegmentationStorage), (ExplicitVRLittleEndian,)),
+    MultiFrameTrueColorSecondaryCaptureImageStorage: (ExplicitVRLittleEndian, RLELossless),
+}
 # What service.report builds and no route sends yet
-BUILT_CLASSES: tuple[str, ...] = (
-    BasicTextSRStorage,
-    MultiFrameTrueColorSecondaryCaptureImageStorage,
-    SegmentationStorage,
-)
+BUILT_ONLY: tuple[str, ...] = (KeyObjectSelectionDocumentStorage,)
 # Statuses that a destination may answer with, one of each of our reactions
 _ANSWERS = (0x0000, 0xB000, 0xB006, 0xB007, 0x0107, 0x0116, 0xA700, 0xA900, 0xC000, 0x0122, 0x0124)
 _REACTIONS = {
@@ -97,7 +97,7 @@ def _overview() -> Iterator[str]:
         [
             ("Verification", Verification, "yes", "yes"),
             (f"{len(accepted_classes()) - 1} storage classes and any private one (section 3)", "", "", "yes"),
-            *((UID(uid).name, uid, "yes", "yes") for uid in SENT_CLASSES),
+            *((UID(uid).name, uid, "yes", "yes") for uid in SENT),
         ],
     )
     yield ""
@@ -173,14 +173,17 @@ def _sending() -> Iterator[str]:
     yield from _table(
         ("SOP class", "Transfer syntax proposed"),
         [
-            (UID(uid).name, ", ".join(syntax.name for syntax in SENT_SYNTAXES))
-            for uid in SENT_CLASSES
+            (UID(uid).name, ", ".join(syntax.name for syntax in syntaxes))
+            for uid, syntaxes in SENT.items()
         ],
     )
     yield ""
-    yield f"Built, and not yet sent by any route: {', '.join(UID(uid).name for uid in BUILT_CLASSES)}."
+    yield f"Built, and not yet sent by any route: {', '.join(UID(uid).name for uid in BUILT_ONLY)}."
     yield ""
-    yield "A result is built once and sent byte for byte the same however often it is sent."
+    yield (
+        "A result is built once and sent byte for byte the same however often it is sent; one in RLE Lossless goes out "
+        "uncompressed to a destination that refuses RLE Lossless."
+    )
     yield ""
     yield from _table(
         ("Status of the destination", "Our reaction"),

@@ -32,6 +32,10 @@ FINDINGS = Code("59776-5", "LN", "Procedure Findings")
 IMPRESSIONS = Code("19005-8", "LN", "Impressions")
 PROCEDURE_DESCRIPTION = Code("121065", "DCM", "Procedure Description")
 
+# TID 2010
+FOR_RESEARCH = Code("113009", "DCM", "For Research")
+KEY_OBJECT_DESCRIPTION = Code("113012", "DCM", "Key Object Description")
+
 # Context
 LANGUAGE = Code("121049", "DCM", "Language of Content Item and Descendants")
 ENGLISH = Code("en", "RFC5646", "English")

@@ -14,9 +14,10 @@ from service.report.encoding import name_by_content
 from service.report.header import clipped, common_header, copy_into, device_uid, private_scheme
 from service.report.identity import PriorDocument, RunIdentity
 from service.report.source import Checked, SourceInstance, SourceStudy
-from service.shared.messages import AnalysisOutput, Flag
+from service.shared.messages import AnalysisOutput, Flag, SourceState
 from service.shared.settings import ReportSettings
 
+Image = tuple[SourceInstance, list[int] | None]  # frame numbers, 1-based, of a multi-frame instance
 # The text or the images it rests on are not all there (PS3.3 C.17.2.1, Completion Flag)
 _INCOMPLETE = (Flag.MISSING_SLICES, Flag.UNREADABLE_SLICES, Flag.TRUNCATED, Flag.REPETITION)
 
@@ -53,13 +54,18 @@ def document(
     dataset.CurrentRequestedProcedureEvidenceSequence = [
         references(source.study_uid, ((one.series_uid, one.sop_class_uid, one.sop_instance_uid) for one in evidence))
     ]
-    if source.requests:
-        dataset.ReferencedRequestSequence = [_request(request, source) for request in source.requests]
+    add_requests(dataset, source)
     if run.predecessors:
         dataset.PredecessorDocumentsSequence = list(_predecessors(run.predecessors))
     for element in root:
         dataset.add(element)
     return name_by_content(dataset, "SR", *run.analysis_key)
+
+
+def add_requests(dataset: Dataset, source: SourceStudy) -> None:
+    """Referenced Request Sequence, where the source was made on request."""
+    if source.requests:
+        dataset.ReferencedRequestSequence = [_request(request, source) for request in source.requests]
 
 
 def analysed_instances(output: AnalysisOutput, source: SourceStudy) -> tuple[list[SourceInstance], int]:
@@ -75,6 +81,18 @@ def analysed_instances(output: AnalysisOutput, source: SourceStudy) -> tuple[lis
     return evidence, len(analysed) - len(evidence)
 
 
+def shown_images(output: AnalysisOutput, source: SourceStudy) -> list[Image]:
+    """What the model was shown, alone or averaged, in stack order; frames of one instance in one reference."""
+    known = {instance.sop_instance_uid: instance for instance in source.instances}
+    frames: dict[str, list[int]] = {}
+    for one in output.retention.sources:
+        if one.state in (SourceState.SHOWN, SourceState.IN_SLAB) and one.sop_instance_uid in known:
+            of_instance = frames.setdefault(one.sop_instance_uid, [])
+            if one.frame_number is not None:
+                of_instance.append(one.frame_number)
+    return [(known[uid], sorted(numbers) or None) for uid, numbers in frames.items()]
+
+
 def references(study_uid: str, instances: Iterable[tuple[str, str, str]]) -> Dataset:
     """One item of an evidence sequence; `instances` as (series, class, instance), each once."""
     item = Dataset()
@@ -83,9 +101,18 @@ def references(study_uid: str, instances: Iterable[tuple[str, str, str]]) -> Dat
     for series_uid, members in groupby(sorted(set(instances)), key=lambda one: one[0]):
         series_item = Dataset()
         copy_into(series_item, {"SeriesInstanceUID": series_uid})
-        series_item.ReferencedSOPSequence = [_reference(class_uid, uid) for _, class_uid, uid in members]
+        series_item.ReferencedSOPSequence = [reference(class_uid, uid) for _, class_uid, uid in members]
         series_items.append(series_item)
     item.ReferencedSeriesSequence = series_items
+    return item
+
+
+def reference(sop_class_uid: str, sop_instance_uid: str, frames: list[int] | None = None) -> Dataset:
+    """One item of Referenced SOP Sequence; the UIDs may be invalid ones of the source."""
+    item = Dataset()
+    copy_into(item, {"ReferencedSOPClassUID": sop_class_uid, "ReferencedSOPInstanceUID": sop_instance_uid})
+    if frames:
+        item.ReferencedFrameNumber = frames
     return item
 
 
@@ -100,14 +127,6 @@ def observer(output: AnalysisOutput, settings: ReportSettings) -> ObservationCon
     )
     context = ObserverContext(CodedConcept.from_code(codes.DEVICE), attributes)
     return ObservationContext(observer_device_context=context)
-
-
-def _reference(sop_class_uid: str, sop_instance_uid: str) -> Dataset:
-    item = Dataset()
-    copy_into(
-        item, {"ReferencedSOPClassUID": sop_class_uid, "ReferencedSOPInstanceUID": sop_instance_uid}
-    )
-    return item
 
 
 def _predecessors(documents: tuple[PriorDocument, ...]) -> Iterator[Dataset]:

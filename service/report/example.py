@@ -14,6 +14,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage
 
 from service.report.identity import PriorDocument, RunIdentity
+from service.report.key_objects import build_key_objects
 from service.report.pixels import SourceFrame
 from service.report.retention_map import build_secondary_capture
 from service.report.segmentation import build_segmentation
@@ -62,6 +63,7 @@ def results(circumstances: Circumstances) -> dict[str, Dataset]:
     objects = {
         "Structured Report (TID 1500)": build_sr(output, source, settings, SrSopClass.COMPREHENSIVE_3D, run=run),
         "Basic Text SR (TID 2000)": build_text_report(output, source, settings, run=run),
+        "Key objects": build_key_objects(output, source, settings, run=run),
         "Retention map": build_secondary_capture(output, arrays, source, frames, settings, run=run),
     }
     if "FrameOfReferenceUID" in source.series:

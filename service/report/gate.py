@@ -20,7 +20,7 @@ from pathlib import Path
 from pydicom import config, dcmread
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
-from pydicom.uid import BasicTextSRStorage
+from pydicom.uid import BasicTextSRStorage, KeyObjectSelectionDocumentStorage
 
 from service.report import codes, words
 from service.report.header import MODEL_NAME
@@ -210,7 +210,10 @@ def _assertions(dataset: Dataset, evidence: Collection[str] | None, charset: str
         for item in dataset.get("ContributingEquipmentSequence") or []
     ):
         yield "ContributingEquipmentSequence does not name the processing equipment"
-    if _SR_CLASSES.match(str(dataset.get("SOPClassUID", ""))):
+    sop_class_uid = str(dataset.get("SOPClassUID", ""))
+    if sop_class_uid == KeyObjectSelectionDocumentStorage:
+        yield from _assertions_on_evidence(dataset, list(walk(dataset)), None)
+    elif _SR_CLASSES.match(sop_class_uid):
         yield from _assertions_on_report(dataset, evidence)
 
 

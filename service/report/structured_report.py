@@ -30,12 +30,12 @@ from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage, Enhanc
 
 from service.report import codes, words
 from service.report.attributes import uid_is_valid
-from service.report.document import analysed_instances, document, observer
+from service.report.document import Image, analysed_instances, document, observer, shown_images
 from service.report.header import clipped
 from service.report.identity import RunIdentity
 from service.report.readable import walk
-from service.report.source import SourceInstance, SourceStudy
-from service.shared.messages import AnalysisOutput, SourceState
+from service.report.source import SourceStudy
+from service.shared.messages import AnalysisOutput
 from service.shared.settings import ReportSettings, SrSopClass
 
 SOP_CLASSES: dict[SrSopClass, str] = {
@@ -73,7 +73,7 @@ def _content(
     unlisted: int,
 ) -> ContentItem:
     """The tree of TID 1500, every container SEPARATE."""
-    kept = _kept_images(output, source)
+    kept = shown_images(output, source)
     report = MeasurementReport(
         observation_context=observer(output, settings),
         procedure_reported=codes.PROCEDURES.get(output.modality, codes.IMAGING_PROCEDURE),
@@ -101,21 +101,6 @@ def _count_in_whole_numbers(measured: Dataset) -> None:
     """`20`, where highdicom writes `20.0` for an integer."""
     if "FloatingPointValue" not in measured:
         measured.NumericValue = str(int(measured.NumericValue))
-
-
-Image = tuple[SourceInstance, list[int] | None]  # frame numbers, 1-based, of a multi-frame instance
-
-
-def _kept_images(output: AnalysisOutput, source: SourceStudy) -> list[Image]:
-    """What the model was shown, alone or averaged, in stack order; frames of one instance in one reference."""
-    known = {instance.sop_instance_uid: instance for instance in source.instances}
-    frames: dict[str, list[int]] = {}
-    for one in output.retention.sources:
-        if one.state in (SourceState.SHOWN, SourceState.IN_SLAB) and one.sop_instance_uid in known:
-            of_instance = frames.setdefault(one.sop_instance_uid, [])
-            if one.frame_number is not None:
-                of_instance.append(one.frame_number)
-    return [(known[uid], sorted(numbers) or None) for uid, numbers in frames.items()]
 
 
 def _image_library(output: AnalysisOutput, kept: list[Image]) -> ContainerContentItem:

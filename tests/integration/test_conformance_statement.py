@@ -16,6 +16,7 @@ from service import conformance, delivery, receiver
 from service.report import codes
 from service.report.encoding import encode
 from service.report.identity import IMPLEMENTATION_CLASS_UID
+from service.report.key_objects import build_key_objects
 from service.report.pixels import PixelLimits, read_frames
 from service.report.readable import walk
 from service.report.retention_map import build_secondary_capture, wanted_frames
@@ -93,7 +94,7 @@ def pacs() -> Iterator[tuple[int, list[tuple[str, tuple[str, ...]]]]]:
         )
 
     application = AE(ae_title="PACS")
-    for uid in (*conformance.SENT_CLASSES, *conformance.BUILT_CLASSES):
+    for uid in (*conformance.SENT, *conformance.BUILT_ONLY):
         application.add_supported_context(uid, ALL_TRANSFER_SYNTAXES)
     server = application.start_server(
         ("127.0.0.1", 0),
@@ -108,20 +109,31 @@ def pacs() -> Iterator[tuple[int, list[tuple[str, tuple[str, ...]]]]]:
 def test_what_is_proposed_as_scu_is_what_the_statement_says(
     pacs: tuple[int, list[tuple[str, tuple[str, ...]]]], tmp_path: Path
 ) -> None:
-    """One association per class, as a delivery makes it."""
+    """One association per object, as a delivery makes it."""
     port, proposed = pacs
-    source = read_source(sorted(HEAD.glob("*.dcm"))[:4])
     destination = DestinationSettings(name="pacs", ae_title="PACS", host="127.0.0.1", port=port)
+    said: dict[str, set[str]] = {}
 
-    for sop_class in SrSopClass:
-        content = encode(build_sr(output_for(source), source, ReportSettings(), sop_class, run=RUN))
-        path = tmp_path / f"{sop_class}.dcm"
+    for number, dataset in enumerate((*documents(HEAD), *objects(HEAD).values())):
+        if dataset.SOPClassUID in conformance.BUILT_ONLY:
+            continue
+        content = encode(dataset, dataset.file_meta.TransferSyntaxUID)
+        path = tmp_path / f"{number}.dcm"
         path.write_bytes(content)
-        result = Result(sop_class_uid=conformance.SOP_CLASSES[sop_class], sha256=digest(content))
+        result = Result(sop_class_uid=str(dataset.SOPClassUID), sha256=digest(content))
         (answer,) = delivery.send(destination, ScpSettings(), [result], [path])
         assert answer.verdict is delivery.Verdict.STORED
+    for abstract, syntaxes in proposed:
+        said.setdefault(abstract, set()).update(syntaxes)
 
-    assert proposed == [(uid, conformance.SENT_SYNTAXES) for uid in conformance.SENT_CLASSES]
+    assert said == {uid: set(syntaxes) for uid, syntaxes in conformance.SENT.items()}
+
+
+def documents(folder: Path) -> Iterator[Dataset]:
+    """The report in every class."""
+    source = read_source(sorted(folder.glob("*.dcm"))[:4])
+    for sop_class in conformance.SOP_CLASSES:
+        yield build_sr(output_for(source), source, ReportSettings(), sop_class, run=RUN)
 
 
 def objects(folder: Path) -> dict[str, Dataset]:
@@ -135,6 +147,7 @@ def objects(folder: Path) -> dict[str, Dataset]:
     return {
         "Structured Report (TID 1500)": sr,
         "Basic Text SR (TID 2000)": build_text_report(output, source, settings, run=RUN),
+        "Key objects": build_key_objects(output, source, settings, run=RUN),
         "Retention map": build_secondary_capture(output, arrays, source, frames, settings, run=RUN),
         "Retention mask": build_segmentation(output, arrays, source, frames, (512, 512), settings, run=RUN),
     }
@@ -198,4 +211,4 @@ def test_every_class_that_we_build_is_named() -> None:
     """Sent or not yet sent."""
     text = conformance.statement(Settings())
 
-    assert all(UID(uid).name in text for uid in (*conformance.SENT_CLASSES, *conformance.BUILT_CLASSES))
+    assert all(UID(uid).name in text for uid in (*conformance.SENT, *conformance.BUILT_ONLY))

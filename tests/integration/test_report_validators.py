@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,11 +21,12 @@ from service.report.coverage import Cover, cover
 from service.report.encoding import encode, uncompressed
 from service.report.gate import Severity, check
 from service.report.identity import PriorDocument, RunIdentity
+from service.report.key_objects import build_key_objects
 from service.report.pixels import PixelLimits, read_frames
 from service.report.retention_map import build_secondary_capture, wanted_frames
 from service.report.segmentation import build_segmentation
 from service.report.source import SourceStudy, read_source
-from service.report.structured_report import build_sr
+from service.report.structured_report import SOP_CLASSES, build_sr
 from service.report.text_report import build_text_report
 from service.shared.messages import Flag
 from service.shared.settings import ReportSettings, SrSopClass
@@ -69,7 +72,7 @@ def body() -> SourceStudy:
 
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-@pytest.mark.parametrize("sop_class", list(SrSopClass))
+@pytest.mark.parametrize("sop_class", list(SOP_CLASSES))
 def test_every_variant_passes_the_gate(body: SourceStudy, sop_class: SrSopClass, flags: Sequence[Flag]) -> None:
     """No error and no warning but the allowed ones, for each SOP class and flag."""
     assert unexpected(content_of(body, flags, sop_class), body) == []
@@ -186,7 +189,7 @@ def pixelmed(path: Path) -> tuple[list[str], str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("sop_class", list(SrSopClass))
+@pytest.mark.parametrize("sop_class", list(SOP_CLASSES))
 def test_the_template_is_valid_for_pixelmed(body: SourceStudy, tmp_path: Path, sop_class: SrSopClass) -> None:
     """TID 1500 in each SOP class, with every flag and a predecessor."""
     earlier = PriorDocument("1.2.840.10008.5.1.4.1.1.88.34", "2.25.501", "2.25.500", body.study_uid)
@@ -244,6 +247,36 @@ def test_the_head_study_of_another_maker_passes_the_gate() -> None:
 
     assert unexpected(content_of(source), source) == []
     assert dcmread(HEAD / "001.dcm", stop_before_pixels=True).StudyInstanceUID == source.study_uid
+
+
+@pytest.mark.parametrize("sop_class", list(SOP_CLASSES))
+def test_dcmqi_reads_the_measurements(body: SourceStudy, tmp_path: Path, sop_class: SrSopClass) -> None:
+    """tid1500reader finds the group, its counts and its parameters; its exit status says nothing."""
+    reader = Path(sys.executable).parent / "tid1500reader"
+    if not reader.exists():
+        pytest.skip("tid1500reader is not installed: pip install dcmqi")
+    path = tmp_path / "report.dcm"
+    path.write_bytes(content_of(body, sop_class=sop_class))
+
+    subprocess.run(
+        [reader, "--inputDICOM", path, "--outputMetadata", tmp_path / "read.json"], capture_output=True, check=True
+    )
+
+    (group,) = json.loads((tmp_path / "read.json").read_text())["Measurements"]
+    values = {one["quantity"]["CodeValue"]: one["value"] for one in group["measurementItems"]}
+    assert group["TrackingIdentifier"] == "Model input"
+    assert values["MP-001"] == "20"
+    assert "pruning.tau=0.9" in group["measurementAlgorithmIdentification"]["AlgorithmParameters"][0]
+
+
+@pytest.mark.parametrize("folder", [BODY, HEAD], ids=["body", "head"])
+def test_the_key_objects_of_a_real_study_pass_the_gate(folder: Path) -> None:
+    """Key Object Selection."""
+    source = read_source(folder.glob("*.dcm"))
+
+    content = encode(build_key_objects(output_for(source), source, ReportSettings(), run=RUN))
+
+    assert [str(one) for one in check(content, verbatim=source.uids) if one.severity is not Severity.ALLOWED] == []
 
 
 @pytest.mark.parametrize("folder", [BODY, HEAD], ids=["body", "head"])

@@ -20,7 +20,7 @@ from service.report.encoding import encode
 from service.report.identity import PriorDocument, RunIdentity
 from service.report.readable import walk
 from service.report.source import SourceStudy, read_source
-from service.report.structured_report import build_sr
+from service.report.structured_report import SOP_CLASSES, build_sr
 from service.shared.messages import AnalysisOutput, Flag, SourceInstance, SourceState
 from service.shared.settings import ReportSettings, SrSopClass
 from tests.report_samples import RUN, ct_header, output_for, output_of, write
@@ -412,7 +412,7 @@ def test_two_hundred_slices_fit_in_100_kb(tmp_path: Path) -> None:
     assert len(content) < 100_000
 
 
-@pytest.mark.parametrize("sop_class", list(SrSopClass))
+@pytest.mark.parametrize("sop_class", list(SOP_CLASSES))
 def test_highdicom_reads_the_report_back(source: SourceStudy, sop_class: SrSopClass) -> None:
     """A reader that knows TID 1500 finds the group, its algorithm and its images."""
     content = encode(build_sr(output_for(source), source, SETTINGS, sop_class, run=RUN))
