@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from itertools import repeat
@@ -13,7 +13,10 @@ from pathlib import Path
 from threading import Event, Thread
 
 import structlog
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom import Dataset, dcmread
+from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_file_meta_info
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, _config, build_context, evt
 from pynetdicom.association import Association
 from sqlalchemy import select
@@ -165,13 +168,19 @@ def send(
     destination: DestinationSettings, scp: ScpSettings, results: Sequence[Result], files: Sequence[Path]
 ) -> Generator[Answer]:
     """C-STORE the files over one association; one answer per file, in order, each as soon as it is there."""
-    association = _associate(destination, scp, {result.sop_class_uid for result in results})
+    syntaxes = [_transfer_syntax(file) for file in files]
+    wanted = {
+        (result.sop_class_uid, offered)
+        for result, syntax in zip(results, syntaxes, strict=True)
+        for offered in (syntax, str(ExplicitVRLittleEndian))  # every node must take uncompressed (PS3.5 10.1)
+    }
+    association = _associate(destination, scp, wanted)
     if isinstance(association, Answer):
         yield from repeat(association, len(results))
         return
     try:
-        for result, file in zip(results, files, strict=True):
-            yield _store(association, destination, result, file)
+        for result, syntax, file in zip(results, syntaxes, files, strict=True):
+            yield _store(association, destination, result, syntax, file)
     finally:
         if association.is_established:
             association.release()
@@ -179,7 +188,7 @@ def send(
 
 def echo(destination: DestinationSettings, scp: ScpSettings) -> tuple[bool, str]:
     """C-ECHO the destination: whether it answered, and a sentence for people."""
-    association = _associate(destination, scp, {VERIFICATION})
+    association = _associate(destination, scp, {(VERIFICATION, ImplicitVRLittleEndian)})
     if isinstance(association, Answer):
         return False, association.reason or ""
     try:
@@ -196,14 +205,16 @@ def echo(destination: DestinationSettings, scp: ScpSettings) -> tuple[bool, str]
     return True, f"{where} answers C-ECHO with Success"
 
 
-def _associate(destination: DestinationSettings, scp: ScpSettings, sop_classes: set[str]) -> Association | Answer:
-    """An established association, or what it means for each of these classes that there is none."""
+def _associate(
+    destination: DestinationSettings, scp: ScpSettings, wanted: set[tuple[str, str]]
+) -> Association | Answer:
+    """An established association, or what its absence means. wanted: pairs of SOP class and transfer syntax."""
     application = AE(ae_title=destination.calling_ae_title or scp.ae_title)
     application.connection_timeout = destination.timeout_s
     application.acse_timeout = destination.timeout_s
     application.dimse_timeout = destination.timeout_s
     application.network_timeout = destination.timeout_s
-    contexts = [build_context(uid, ExplicitVRLittleEndian) for uid in sorted(sop_classes)[:MAX_CONTEXTS]]
+    contexts = [build_context(*pair) for pair in sorted(wanted)[:MAX_CONTEXTS]]
     connections: list[evt.Event] = []
     try:
         association = application.associate(
@@ -218,8 +229,16 @@ def _associate(destination: DestinationSettings, scp: ScpSettings, sop_classes: 
     if association.is_established:
         return association
     if association.rejected_contexts:  # and none accepted: then pynetdicom aborts by itself
-        return _not_supported(destination, sop_classes)
+        return _not_supported(destination, {sop_class for sop_class, _ in wanted})
     return Answer(Verdict.AGAIN, None, _why_not(association, destination, connected=bool(connections)))
+
+
+def _transfer_syntax(file: Path) -> str:
+    """Of a stored result; one that cannot be read is found out, and explained, when its turn comes."""
+    try:
+        return str(read_file_meta_info(file).TransferSyntaxUID)
+    except (OSError, InvalidDicomError, AttributeError):
+        return str(ExplicitVRLittleEndian)
 
 
 def _where(destination: DestinationSettings) -> str:
@@ -232,7 +251,7 @@ def _not_supported(destination: DestinationSettings, sop_classes: Iterable[str])
         Verdict.REFUSED,
         0x0122,
         f"{destination.ae_title} takes no SOP class {', '.join(sorted(sop_classes))}; "
-        f"try another sr_sop_class for [[destination]] {destination.name}",
+        f"try another sr_sop_class for [[destination]] {destination.name}, or leave the companion out of its routes",
     )
 
 
@@ -247,11 +266,14 @@ def _why_not(association: Association, destination: DestinationSettings, *, conn
     return f"{where} cannot be reached; check [[destination]] host and port, and that the PACS is up"
 
 
-def _store(association: Association, destination: DestinationSettings, result: Result, file: Path) -> Answer:
+def _store(
+    association: Association, destination: DestinationSettings, result: Result, syntax: str, file: Path
+) -> Answer:
     if not association.is_established:
         return Answer(Verdict.AGAIN, None, "the association ended before this result was sent")
-    accepted = {context.abstract_syntax for context in association.accepted_contexts}
-    if result.sop_class_uid not in accepted:
+    accepted = {(one.abstract_syntax, one.transfer_syntax[0]) for one in association.accepted_contexts}
+    transcoded = (result.sop_class_uid, syntax) not in accepted
+    if transcoded and (result.sop_class_uid, str(ExplicitVRLittleEndian)) not in accepted:
         return _not_supported(destination, [result.sop_class_uid])
     try:
         intact = digest(file.read_bytes()) == result.sha256
@@ -260,9 +282,17 @@ def _store(association: Association, destination: DestinationSettings, result: R
     if not intact:
         return Answer(Verdict.REFUSED, None, "the stored result does not match its recorded SHA-256; not sent")
     try:
-        status = association.send_c_store(file)
+        status = association.send_c_store(_uncompressed(file) if transcoded else file)
     except (RuntimeError, ValueError, OSError) as error:
         return Answer(Verdict.AGAIN, None, f"the association broke while sending ({type(error).__name__})")
     if "Status" not in status:
         return Answer(Verdict.AGAIN, None, "no answer to C-STORE within the time limit")
-    return judge(int(status.Status))
+    answer = judge(int(status.Status))
+    return replace(answer, reason=answer.reason or "sent uncompressed") if transcoded else answer
+
+
+def _uncompressed(file: Path) -> Dataset:
+    """The same pixels under the same UID (RLE is lossless) for a destination that takes no compression."""
+    dataset = dcmread(file)
+    dataset.decompress(generate_instance_uid=False)
+    return dataset

@@ -51,6 +51,9 @@ quiet_period_s = 2
 sweep_s = 0.5
 [model]
 max_new_tokens = 128
+[[route]]
+name = "default"
+companions = ["sc", "seg"]
 [[destination]]
 name = "stand-in-pacs"
 ae_title = "STANDINPACS"

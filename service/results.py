@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event, Thread
 
 import structlog
+from pydicom.dataset import Dataset
+from pydicom.uid import UID, ExplicitVRLittleEndian, RLELossless
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
@@ -20,15 +23,19 @@ from service.report import gate
 from service.report.encoding import encode
 from service.report.header import device_uid
 from service.report.identity import PriorDocument, RunIdentity
+from service.report.pixels import PixelLimits, read_frames
+from service.report.retention_map import build_secondary_capture, wanted_frames
+from service.report.segmentation import build_segmentation
 from service.report.source import SourceStudy, read_source
-from service.report.structured_report import SOP_CLASSES, build_sr
+from service.report.structured_report import build_sr
+from service.report.text_report import build_text_report
 from service.shared import transitions
 from service.shared.db import Analysis, AnalysisState, Instance, Result, ResultState, Study
 from service.shared.durable import digest, make_folder, write_durably
 from service.shared.log import explain_exception
-from service.shared.messages import AnalysisOutput, load_output
+from service.shared.messages import AnalysisOutput, RetentionArrays, load_output
 from service.shared.settings import (
-    DestinationSettings,
+    Companion,
     ReportSettings,
     RouteSettings,
     Settings,
@@ -101,12 +108,12 @@ def build(settings: Settings, sessions: sessionmaker[Session], analysis_id: int)
         predecessors = _predecessors(session, analysis, study)
     if analysis.output_path is None or analysis.output_sha256 is None:
         raise ValueError(f"analysis {analysis_id} is `read` and has no output on record")
-    output, _arrays = load_output(settings.data.path / analysis.output_path, analysis.output_sha256)
+    output, arrays = load_output(settings.data.path / analysis.output_path, analysis.output_sha256)
     source = read_source(paths, default_charset=settings.report.default_charset)
     run = _run(analysis, study, output, predecessors)
     results = [
-        (_store(settings, source, output, sop_class, run, analysis), names)
-        for sop_class, names in _wanted(settings, analysis.route)
+        (_store(settings.data.path, made, analysis, output, source), made.destinations)
+        for made in objects(settings, analysis.route, output, arrays, source, run)
     ]
     with sessions.begin() as session:
         done = transitions.finish_analysis(session, analysis, results, now=datetime.now(UTC), actor=ACTOR)
@@ -119,36 +126,83 @@ def build(settings: Settings, sessions: sessionmaker[Session], analysis_id: int)
             log.info("result_built", analysis_id=analysis_id, kind=result.kind, bytes=result.size_bytes, to=names)
 
 
-def _wanted(settings: Settings, route_name: str) -> list[tuple[SrSopClass, list[str]]]:
-    """Which SR classes the route's destinations take, each with the destinations that get it.
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One result object before it is gated, and where it goes."""
 
-    A route that the configuration no longer has keeps its results; nobody said where they should go.
-    """
-    route: RouteSettings | None
-    try:
-        route = route_called(settings, route_name)
-    except KeyError:
-        log.warning("route_gone", route=route_name, remedy="results are kept and sent nowhere")
-        route = None
-    destinations: tuple[DestinationSettings, ...] = () if route is None else route_destinations(settings, route)
-    wanted: dict[SrSopClass, list[str]] = {}
-    for destination in destinations:
-        wanted.setdefault(destination.sr_sop_class, []).append(destination.name)
-    return list(wanted.items()) or [(SrSopClass.COMPREHENSIVE_3D, [])]
+    kind: str
+    dataset: Dataset
+    transfer_syntax_uid: UID
+    destinations: list[str]
 
 
-def _store(
+def objects(
     settings: Settings,
-    source: SourceStudy,
+    route_name: str,
     output: AnalysisOutput,
-    sop_class: SrSopClass,
+    arrays: RetentionArrays,
+    source: SourceStudy,
     run: RunIdentity,
-    analysis: Analysis,
-) -> Result:
-    """One SR, gated and durable in the outbox under its digest."""
-    report: ReportSettings = settings.report
-    dataset = build_sr(output, source, report, sop_class, run=run)
-    content = encode(dataset)
+) -> Iterator[Made]:
+    """Everything the route asks for: a report of each class that its destinations take, then its companions."""
+    route = _route(settings, route_name)
+    destinations = route_destinations(settings, route) if route else ()
+    by_class: dict[SrSopClass, list[str]] = {}
+    for destination in destinations:
+        by_class.setdefault(destination.sr_sop_class, []).append(destination.name)
+    for sop_class, names in (by_class or {SrSopClass.COMPREHENSIVE_3D: []}).items():
+        dataset = _report(output, source, settings.report, sop_class, run)
+        yield Made(f"sr-{sop_class.value}", dataset, ExplicitVRLittleEndian, names)
+    everywhere = [destination.name for destination in destinations]
+    for companion in route.companions if route else ():
+        try:
+            yield _companion(companion, output, arrays, source, settings.report, run, everywhere)
+        except ValueError as error:  # no place to draw on; the report says the same in words
+            log.warning("companion_left_out", kind=companion.value, reason=type(error).__name__)
+
+
+def _route(settings: Settings, name: str) -> RouteSettings | None:
+    """None: the configuration no longer has it, so results are kept, for nobody said where they should go."""
+    try:
+        return route_called(settings, name)
+    except KeyError:
+        log.warning("route_gone", route=name, remedy="results are kept and sent nowhere")
+        return None
+
+
+def _report(
+    output: AnalysisOutput, source: SourceStudy, settings: ReportSettings, sop_class: SrSopClass, run: RunIdentity
+) -> Dataset:
+    if sop_class is SrSopClass.BASIC_TEXT:
+        return build_text_report(output, source, settings, run=run)
+    return build_sr(output, source, settings, sop_class, run=run)
+
+
+def _companion(
+    companion: Companion,
+    output: AnalysisOutput,
+    arrays: RetentionArrays,
+    source: SourceStudy,
+    settings: ReportSettings,
+    run: RunIdentity,
+    destinations: list[str],
+) -> Made:
+    frames = read_frames(wanted_frames(output, source), PixelLimits())
+    if companion is Companion.SC:
+        dataset = build_secondary_capture(output, arrays, source, frames, settings, run=run)
+        return Made(companion.value, dataset, RLELossless, destinations)
+    placed = list(frames)
+    shapes = {frame.grey.shape for frame in placed if frame.grey is not None}
+    if len(shapes) != 1:
+        raise ValueError("no slice could be decoded, or they differ in size")
+    rows, columns = shapes.pop()
+    dataset = build_segmentation(output, arrays, source, placed, (rows, columns), settings, run=run)
+    return Made(companion.value, dataset, ExplicitVRLittleEndian, destinations)
+
+
+def _store(data: Path, made: Made, analysis: Analysis, output: AnalysisOutput, source: SourceStudy) -> Result:
+    """Gate one object and make it durable in the outbox under its digest."""
+    content = encode(made.dataset, made.transfer_syntax_uid)
     findings = gate.check(
         content,
         evidence={
@@ -159,18 +213,18 @@ def _store(
         verbatim={source.study_uid, *(one.sop_instance_uid for one in source.instances)},
     )
     sha256 = digest(content)
-    path = settings.data.path / "outbox" / sha256[:2] / f"{sha256}.dcm"
+    path = data / "outbox" / sha256[:2] / f"{sha256}.dcm"
     make_folder(path.parent)
     write_durably(path, content)
     return Result(
         analysis_id=analysis.id,
-        kind=f"sr-{sop_class.value}",
+        kind=made.kind,
         state=ResultState.BUILT if gate.passes(findings) else ResultState.QUARANTINED,
-        sop_class_uid=SOP_CLASSES[sop_class],
-        sop_instance_uid=str(dataset.SOPInstanceUID),
-        series_uid=str(dataset.SeriesInstanceUID),
+        sop_class_uid=str(made.dataset.SOPClassUID),
+        sop_instance_uid=str(made.dataset.SOPInstanceUID),
+        series_uid=str(made.dataset.SeriesInstanceUID),
         device_uid=device_uid(output),
-        path=str(path.relative_to(settings.data.path)),
+        path=str(path.relative_to(data)),
         sha256=sha256,
         size_bytes=len(content),
         created_at=datetime.now(UTC),

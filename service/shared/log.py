@@ -24,8 +24,14 @@ QUIET_LOGGERS = ("pynetdicom", "pydicom", "highdicom", "py.warnings", "PIL", "ur
 
 def set_up_logging(settings: LogSettings, *, role: str) -> None:
     """Send every logger of the process to stderr in one shape; called once, by the entry point."""
+
+    def add_role(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+        event.setdefault("role", role)  # a context variable would not reach threads
+        return event
+
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
+        add_role,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _scrub_exception,
@@ -54,7 +60,6 @@ def set_up_logging(settings: LogSettings, *, role: str) -> None:
     logging.captureWarnings(True)
     sys.excepthook = _log_unhandled
     threading.excepthook = _log_unhandled_in_thread
-    structlog.contextvars.bind_contextvars(role=role)
 
 
 def explain_exception(error: BaseException) -> str:
