@@ -14,11 +14,9 @@ from service.shared.db import Analysis, AnalysisState, Delivery, DeliveryState, 
 from service.shared.settings import Settings, routes
 
 
-def requeue(
-    session: Session, study: Study, settings: Settings, *, again: bool, now: datetime, actor: str
-) -> list[str]:
-    """Release a held study, resume failed analyses and rejected deliveries, or (`again`) queue a new run of every
-    route that ran; says what was done. The sweep of dispatch sends the messages."""
+def requeue(session: Session, study: Study, settings: Settings, *, again: bool, now: datetime, actor: str) -> list[str]:
+    """Release a held study, resume failed analyses of its present revision and rejected deliveries; with `again`,
+    queue a new run of every route that ran and is not under way. Says what was done; the sweep sends the messages."""
     done = []
     if study.held:
         study.held = False
@@ -26,6 +24,8 @@ def requeue(
         done.append("study released")
     analyses = session.scalars(select(Analysis).where(Analysis.study_id == study.id).order_by(Analysis.id)).all()
     for analysis in analyses:
+        if analysis.revision < study.revision:  # what it would read is out of date; the new revision has its own
+            continue
         if transitions.requeue_failed(session, analysis.id, now=now, actor=actor):
             done.append(f"analysis {analysis.id} queued again")
     rejected = session.scalars(
@@ -38,9 +38,10 @@ def requeue(
         if transitions.requeue_delivery(session, delivery_id, now=now, actor=actor):
             done.append(f"delivery {delivery_id} pending again")
     if again and study.state is StudyState.COMPLETE and not study.patient_mismatch:
-        ran = {one.route for one in analyses if one.revision == study.revision}
+        present = [one for one in analyses if one.revision == study.revision]
+        under_way = {one.route for one in present if one.state in (AnalysisState.QUEUED, AnalysisState.RUNNING)}
         for route in routes(settings):
-            if route.name in ran:
+            if route.name in {one.route for one in present} - under_way:
                 analysis = new_analysis(session, study, route, settings)
                 transitions.queue_analysis(session, analysis, now=now, actor=actor)
                 done.append(f"route {route.name} queued as run {analysis.run_number}")

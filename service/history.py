@@ -28,6 +28,8 @@ from service.shared.settings import DestinationSettings
 
 Row = dict[str, Any]
 
+MOST_DIGITS = 18  # of a row id: what BIGINT holds
+
 
 class NotFound(Exception):
     """Nothing in the history answers to that name; the message says what was looked for."""
@@ -42,9 +44,7 @@ def status(session: Session, destinations: Sequence[DestinationSettings], now: d
             select(Delivery.destination, func.count())
             .where(Delivery.state == DeliveryState.PENDING)
             .group_by(Delivery.destination)
-        )
-        .tuples()
-        .all()
+        ).all()
     )
     behind = chain.lag(session)
     paused = set(session.scalars(select(Destination.name).where(Destination.paused.is_(True))))
@@ -70,11 +70,25 @@ def status(session: Session, destinations: Sequence[DestinationSettings], now: d
             }
             for one in destinations
         ],
+        "waiting_for_others": {
+            name: number for name, number in waiting.items() if name not in {one.name for one in destinations}
+        },
     }
 
 
-def recent(session: Session, *, limit: int, state: str | None = None) -> list[Row]:
-    """Studies by their last image instance, newest first, each with its newest analysis and undelivered results."""
+def recent(
+    session: Session,
+    *,
+    limit: int,
+    state: str | None = None,
+    since: datetime | None = None,
+    sender: str | None = None,
+    accession: str | None = None,
+) -> list[Row]:
+    """Studies by their first instance, newest first, each with its newest analysis and undelivered results.
+
+    state: of the study, of its newest analysis or of a delivery. sender: calling AE title of its last image.
+    """
     newest = (
         select(Analysis.study_id, func.max(Analysis.id).label("analysis_id")).group_by(Analysis.study_id).subquery()
     )
@@ -87,7 +101,16 @@ def recent(session: Session, *, limit: int, state: str | None = None) -> list[Ro
         .limit(limit)
     )
     if state:
-        query = query.where(or_(Study.state == state, Analysis.state == state))
+        in_delivery = (select(Analysis.study_id).join(Result, Result.analysis_id == Analysis.id).join(Delivery)).where(
+            Delivery.state == state
+        )
+        query = query.where(or_(Study.state == state, Analysis.state == state, Study.id.in_(in_delivery)))
+    if since:
+        query = query.where(Study.first_received_at >= since)
+    if sender:
+        query = query.where(Study.calling_ae == sender)
+    if accession:
+        query = query.where(StudyHeader.accession_number == accession)
     rows = []
     for study, header, analysis in session.execute(query):
         instances = session.scalar(select(func.count()).select_from(Instance).where(Instance.study_id == study.id))
@@ -114,20 +137,26 @@ def recent(session: Session, *, limit: int, state: str | None = None) -> list[Ro
 
 
 def study_named(session: Session, name: str) -> Study:
-    """The study with this Study Instance UID, row id (as `history` prints it), or accession number; else NotFound."""
-    found = session.scalars(select(Study).where(Study.study_uid == name)).all()
-    if not found and name.isdigit():
-        found = session.scalars(select(Study).where(Study.id == int(name))).all()
+    """The study with this Study Instance UID, row id (as `history` prints it), or accession number; else NotFound.
+
+    Also when the name means several studies: a command must never reach another patient's study by chance.
+    """
+    found = list(session.scalars(select(Study).where(Study.study_uid == name)))
     if not found:
-        found = session.scalars(
-            select(Study)
-            .join(StudyHeader, StudyHeader.study_id == Study.id)
-            .where(StudyHeader.accession_number == name)
-        ).all()
+        found = list(
+            session.scalars(
+                select(Study)
+                .join(StudyHeader, StudyHeader.study_id == Study.id)
+                .where(StudyHeader.accession_number == name)
+            )
+        )
+        if name.isdecimal() and len(name) <= MOST_DIGITS:
+            numbered = session.get(Study, int(name))
+            found += [numbered] if numbered is not None and numbered not in found else []
     if not found:
         raise NotFound(f"no study with Study Instance UID, number or accession number {name!r}; see `history`")
     if len(found) > 1:
-        raise NotFound(f"accession number {name!r} names {len(found)} studies; give the Study Instance UID")
+        raise NotFound(f"{name!r} is number or accession number of {len(found)} studies; give the Study Instance UID")
     return found[0]
 
 
@@ -184,7 +213,7 @@ def _age_s(since: datetime | None, now: datetime) -> int | None:
 
 
 def _counts(session: Session, column: Any, states: Any) -> dict[str, int]:
-    present: dict[Any, int] = dict(session.execute(select(column, func.count()).group_by(column)).tuples().all())
+    present: dict[Any, int] = dict(session.execute(select(column, func.count()).group_by(column)).all())
     return {state.value: present.get(state, 0) for state in states}
 
 

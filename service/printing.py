@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import unicodedata
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -37,7 +38,34 @@ COLOURS = {
 
 def print_json(value: Any) -> None:
     """Plain JSON on standard output, times as ISO 8601, for other programs."""
-    Console(soft_wrap=True, highlight=False, markup=False).print(json.dumps(value, default=_plain, indent=1))
+    Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(
+        json.dumps(value, default=_plain, indent=1)
+    )
+
+
+def print_history_csv(stream: TextIO, rows: list[Row]) -> None:
+    """One line a study; counts and deliveries as JSON."""
+    table = csv.DictWriter(stream, HISTORY_COLUMNS)
+    table.writeheader()
+    for row in rows:
+        table.writerow({name: _cell(row[name]) for name in HISTORY_COLUMNS})
+
+
+def print_stats(console: Console, found: Row) -> None:
+    table = Table(title="medpruner-pacs", title_justify="left", show_header=False)
+    table.add_row("studies", str(found["studies"]))
+    table.add_row("instances", f"{found['instances']}, {found['bytes'] / 1e9:.2f} GB")
+    table.add_row("analyses", _state_counts(found["analyses"]))
+    table.add_row("routes", _pairs(found["routes"]) or "none")
+    table.add_row("reasons", escape(_pairs(found["reasons"])) or "none")
+    for destination, states in found["deliveries"].items():
+        table.add_row(f"deliveries to {destination}", _state_counts(states))
+    for key, words in SPREADS.items():
+        if found[key]:
+            table.add_row(words, _spread(found[key]))
+    for step, spread in found["steps_s"].items():
+        table.add_row(f"  {step}", _spread(spread))
+    console.print(table)
 
 
 def print_status(console: Console, status: Row) -> None:
@@ -58,6 +86,12 @@ def print_status(console: Console, status: Row) -> None:
         paused = ", paused" if one["paused"] else ""
         console.print(
             f"destination {one['name']}: {one['ae_title']} at {one['address']}, {one['waiting']} waiting{paused}",
+            markup=False,
+            emoji=False,
+        )
+    for name, waiting in status["waiting_for_others"].items():
+        console.print(
+            f'destination {name}: not in the configuration, {waiting} waiting; add [[destination]] name = "{name}"',
             markup=False,
         )
 
@@ -83,8 +117,8 @@ def print_history(console: Console, rows: list[Row]) -> None:
         table.add_row(
             str(row["study_id"]),
             _clock(row["received_at"]),
-            escape(row["from"]),
-            escape(row["accession_number"] or ""),
+            _foreign(row["from"]),
+            _foreign(row["accession_number"] or ""),
             str(row["instances"]),
             str(row["revision"]),
             _state(row["study_state"] + (" (held)" if row["held"] else "")),
@@ -101,7 +135,7 @@ def print_history(console: Console, rows: list[Row]) -> None:
 def print_study(console: Console, story: Row) -> None:
     study, header = story["study"], story["header"]
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("Study Instance UID", study["study_uid"])
+    facts.add_row("Study Instance UID", _foreign(study["study_uid"]))
     facts.add_row("state", _state(study["state"]), "revision", str(study["revision"]))
     if study["held"]:
         facts.add_row("held", "rebuilt from the spool; `requeue` releases it")
@@ -110,15 +144,15 @@ def print_study(console: Console, story: Row) -> None:
     if header is None:
         facts.add_row("patient", "not on record")
     else:
-        facts.add_row("patient", escape(f"{header['patient_name']} ({header['patient_id']})"))
-        facts.add_row("accession number", escape(header["accession_number"]))
-        facts.add_row("study", escape(f"{header['study_date']} {header['study_description']}"))
+        facts.add_row("patient", _foreign(f"{header['patient_name']} ({header['patient_id']})"))
+        facts.add_row("accession number", _foreign(header["accession_number"]))
+        facts.add_row("study", _foreign(f"{header['study_date']} {header['study_description']}"))
     for series in story["series"]:
         facts.add_row(
             "series",
-            f"{series['modality']}, {series['instances']} instances, {series['size_bytes'] / 1e6:.1f} MB",
+            _foreign(f"{series['modality']}, {series['instances']} instances, {series['size_bytes'] / 1e6:.1f} MB"),
             "",
-            series["series_uid"],
+            _foreign(series["series_uid"]),
         )
     console.print(Panel(facts, title=f"study {study['id']}", title_align="left"))
     for analysis in story["analyses"]:
@@ -130,32 +164,32 @@ def _analysis(analysis: Row) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     facts.add_row("state", _state(analysis["state"]))
     if analysis["reason"]:
-        facts.add_row("reason", escape(f"{analysis['reason']} [{analysis['reason_code']}]"))
+        facts.add_row("reason", _foreign(f"{analysis['reason']} [{analysis['reason_code']}]"))
     facts.add_row("attempts", str(analysis["attempts"]))
     if analysis["series_uid"]:
-        facts.add_row("series", analysis["series_uid"])
-        facts.add_row("why this one", escape(analysis["series_reason"] or ""))
+        facts.add_row("series", _foreign(analysis["series_uid"]))
+        facts.add_row("why this one", _foreign(analysis["series_reason"] or ""))
     if analysis["counts"]:
         facts.add_row("slices", _funnel(analysis["counts"], SLICE_STEPS))
         facts.add_row("tokens", _funnel(analysis["counts"], TOKEN_STEPS))
-    facts.add_row("pruning", escape(_pairs(analysis["pruning"] or analysis["settings"]["pruning"])))
+    facts.add_row("pruning", _foreign(_pairs(analysis["pruning"] or analysis["settings"]["pruning"])))
     if analysis["model"]:
         model = analysis["model"]
         facts.add_row(
             "model",
-            escape(f"{model['name']} ({model['architecture']}, {model['dtype']} on {model['device']})"),
+            _foreign(f"{model['name']} ({model['architecture']}, {model['dtype']} on {model['device']})"),
         )
         facts.add_row("weights", f"sha256 {model['weights_sha256']}")
         facts.add_row("software", f"torch {model['torch_version']}, transformers {model['transformers_version']}")
     if analysis["flags"]:
-        facts.add_row("flags", escape(", ".join(analysis["flags"])))
+        facts.add_row("flags", _foreign(", ".join(analysis["flags"])))
     if analysis["timings_s"]:
         facts.add_row("time", ", ".join(f"{step} {seconds:.2f} s" for step, seconds in analysis["timings_s"].items()))
-    facts.add_row("prompt", escape(analysis["prompt"]))
+    facts.add_row("prompt", _foreign(analysis["prompt"]))
     parts: list[RenderableType] = [facts]
     if analysis["report"]:
-        parts += [Text("Findings", style="bold"), Text(analysis["report"]["findings"])]
-        parts += [Text("Impression", style="bold"), Text(analysis["report"]["impression"])]
+        parts += [Text("Findings", style="bold"), _foreign(analysis["report"]["findings"])]
+        parts += [Text("Impression", style="bold"), _foreign(analysis["report"]["impression"])]
     for result in analysis["results"]:
         parts.append(
             Text.from_markup(f"result {result['kind']} {_state(result['state'])} {result['sop_instance_uid']}")
@@ -163,12 +197,10 @@ def _analysis(analysis: Row) -> RenderableType:
         for delivery in result["deliveries"]:
             status = "" if delivery["status"] is None else f" 0x{delivery['status']:04X}"
             reason = f": {delivery['reason']}" if delivery["reason"] else ""
-            parts.append(
-                Text.from_markup(
-                    f"  to {delivery['destination']}: {_state(delivery['state'])}{status}, "
-                    f"{delivery['attempts']} attempts{escape(reason)}"
-                )
+            line = Text.from_markup(
+                f"  to {delivery['destination']}: {_state(delivery['state'])}{status}, {delivery['attempts']} attempts"
             )
+            parts.append(line.append_text(_foreign(reason)))
     identity = f"route {analysis['route']}, revision {analysis['revision']}, run {analysis['run_number']}"
     title = f"analysis {analysis['id']}: {identity}"
     return Panel(Group(*parts), title=title, title_align="left")
@@ -179,10 +211,34 @@ def _timeline(events: list[Row]) -> Table:
     for heading in ("at (UTC)", "event", "by", "detail"):
         table.add_column(heading, overflow="fold")
     for event in events:
-        table.add_row(_clock(event["at"]), event["kind"], escape(event["actor"]), escape(_pairs(event["detail"])))
+        table.add_row(_clock(event["at"]), event["kind"], _foreign(event["actor"]), _foreign(_pairs(event["detail"])))
     return table
 
 
+HISTORY_COLUMNS = (
+    "study_id",
+    "study_uid",
+    "accession_number",
+    "patient_id",
+    "received_at",
+    "from",
+    "instances",
+    "revision",
+    "study_state",
+    "held",
+    "route",
+    "analysis_state",
+    "reason",
+    "counts",
+    "deliveries",
+)
+SPREADS = {
+    "waited_s": "s waited for a worker",
+    "read_s": "s read",
+    "complete_to_delivered_s": "s from complete to delivered",
+    "inputs_kept": "share of inputs kept",
+    "tokens_kept": "share of tokens kept",
+}
 SLICE_STEPS = {
     "slices_in_series": "in the series",
     "slices_readable": "readable",
@@ -200,6 +256,18 @@ TOKEN_STEPS = {
 
 def _funnel(counts: Row, steps: dict[str, str]) -> str:
     return ", ".join(f"{counts[key]} {words}" for key, words in steps.items())
+
+
+def _spread(spread: Row) -> str:
+    return f"median {spread['median']:g}, 95 % within {spread['p95']:g}, at most {spread['max']:g} ({spread['n']})"
+
+
+def _cell(value: Any) -> Any:
+    """A cell of CSV; text that a spreadsheet would run as a formula is quoted by an apostrophe."""
+    if isinstance(value, dict):
+        return json.dumps(value, sort_keys=True)
+    text = value.isoformat() if isinstance(value, datetime) else value
+    return f"'{text}" if isinstance(text, str) and text[:1] in ("=", "+", "-", "@") else text
 
 
 def _pairs(values: Row) -> str:
@@ -222,6 +290,18 @@ def _state(state: str | None) -> str:
         return ""
     colour = COLOURS.get(state.split(" ")[0])
     return f"[{colour}]{state}[/]" if colour else state
+
+
+def _foreign(text: str) -> Text:
+    """What somebody else wrote, as it is: neither markup nor emoji codes, and nothing that steers a terminal."""
+    return Text("".join("\N{REPLACEMENT CHARACTER}" if _steers(character) else character for character in text))
+
+
+def _steers(character: str) -> bool:
+    """Control characters (an escape sequence can do anything) and those that turn the direction of writing."""
+    if unicodedata.category(character) == "Cc":
+        return character not in "\n\t"
+    return character in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def _clock(at: datetime) -> str:
