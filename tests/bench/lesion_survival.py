@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from time import process_time
 from typing import Any, Protocol
@@ -316,11 +315,12 @@ def table(records: list[dict[str, Any]]) -> Iterator[str]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="./run bench lesions", description=__doc__)
     parser.add_argument("--cases", type=int, default=42, help="chests; each holds five nodules of each size")
+    parser.add_argument("--first", type=int, default=0, help="of the seeds, to share the work among processes")
     parser.add_argument("--tune", action="store_true", help="the seeds that defaults are chosen on, not reported")
     parser.add_argument("--methods", default="guarded,medpruner,uniform,slabs alone,guarded, attention alone")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
     parser.add_argument("--model", type=Path, help="a model folder for the tower; else one random layer")
-    parser.add_argument("--records", type=Path, help="keep one line of JSON per result here, and go on from it")
+    parser.add_argument("--records", type=Path, help="keep one line of JSON per result here, and go on")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     names = [name.replace(";", ",") for name in options.methods.replace(", ", "; ").split(",")]
@@ -330,9 +330,8 @@ def main(arguments: list[str]) -> int:
     if options.records and options.records.exists():
         records = [json.loads(line) for line in options.records.read_text().splitlines()]
     done = {record["seed"] for record in records}
-    for seed in (
-        s for s, _ in zip(count(TUNING_SEED if options.tune else REPORTING_SEED), range(options.cases), strict=False)
-    ):
+    start_seed = (TUNING_SEED if options.tune else REPORTING_SEED) + options.first
+    for seed in range(start_seed, start_seed + options.cases):
         if seed in done:
             continue
         start = process_time()

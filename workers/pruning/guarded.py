@@ -43,8 +43,9 @@ def keep_with_gap_cap(
     """Drop an input only where no tile changed since the last kept one and the next may still come in time.
 
     tiles: (S, ...) on one wide smoothed window; positions_mm: (S,) increasing; has_body: (S,) bool.
-    Neighbours among the kept inputs lie at most gap_cap_mm apart, or as far as the series spaces them. Inputs
-    without body are dropped, unless none has one; those before the first kept one are represented by it.
+    Neighbours among the kept inputs lie at most gap_cap_mm apart, or as far as the series spaces them. The first and
+    the last input with body are kept; those without are dropped, unless none has any, and those before the first kept
+    one are represented by it.
     distance: the greatest change of a tile. NotFinite when a tile is.
     """
     require_finite(tiles, "tiles")
@@ -61,8 +62,8 @@ def keep_with_gap_cap(
             kept[index] = body[index]
         elif body[index]:
             distance[index] = float((flat[index] - flat[last]).abs().max())
-            end = places[min(index + 1, last_body)]
-            kept[index] = distance[index] > tile_change or end - places[last] > gap_cap_mm + ROUNDING
+            too_far = index == last_body or places[index + 1] - places[last] > gap_cap_mm + ROUNDING
+            kept[index] = distance[index] > tile_change or too_far
         if kept[index]:
             last = index
         anchor[index] = -1 if last is None else last
