@@ -43,6 +43,7 @@ from service.shared.settings import (
     spool_folder,
 )
 from service.spool import Spool, SpoolInUse
+from service.web.accounts_cli import make_user_app
 
 RECEIVER_GRACE_S = 20.0
 SCHEMA_WAIT_S = 0.5
@@ -66,6 +67,7 @@ class Role(StrEnum):
     INGEST = "ingest"  # spool -> rows; complete studies
     DISPATCH = "dispatch"  # complete studies -> queue
     DELIVER = "deliver"  # worker's output -> results -> destinations
+    WEB = "web"  # dashboard, REST API, health
 
 
 # --- run ------------------------------------------------------------------------------------------------------------
@@ -136,10 +138,17 @@ def _deliver(settings: Settings, sessions: sessionmaker[Session], stop: Event) -
         delivery.deliver_for_ever(settings, sessions, stop)
 
 
+def _web(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
+    from service.web.app import serve_web  # here: no other command waits for a web framework to load
+
+    serve_web(settings, sessions, stop)
+
+
 _LOOPS: dict[Role, Callable[[Settings, sessionmaker[Session], Event], None]] = {
     Role.INGEST: _ingest,
     Role.DISPATCH: _dispatch,
     Role.DELIVER: _deliver,
+    Role.WEB: _web,
 }
 
 
@@ -457,6 +466,9 @@ def _reachable(host: str) -> str:
 
 def _user() -> str:
     return f"cli/{getpass.getuser()}"
+
+
+app.add_typer(make_user_app(lambda config: _reading(_load(config)), _user), name="user")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import structlog
 from service.broker import redis_command
 from service.shared.settings import Settings
 
-ROLES = ("receive", "ingest", "dispatch", "deliver")
+ROLES = ("receive", "ingest", "dispatch", "deliver", "web")
 PR_SET_PDEATHSIG = 1  # prctl(2)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 10.0
 SETTLED_S = 30.0  # a process that lived this long starts again at once
@@ -43,7 +43,8 @@ class Supervised:
 def commands(settings: Settings, config: Path | None, *, with_worker: bool) -> list[tuple[str, list[str]]]:
     """What `serve` runs, in the order in which it is started; stopped in the same order, the queue last of all."""
     tail = ["--config", str(config)] if config else []
-    wanted = [(role, [sys.executable, "-m", "service", "serve", "--role", role, *tail]) for role in ROLES]
+    roles = [role for role in ROLES if role != "web" or settings.web.enabled]
+    wanted = [(role, [sys.executable, "-m", "service", "serve", "--role", role, *tail]) for role in roles]
     if with_worker:
         wanted.append(("worker", [sys.executable, "-m", "workers", "worker", *tail]))
     if not settings.queue.url.get_secret_value():

@@ -71,6 +71,8 @@ ring_again_s = 2
 path = "{model}"
 max_new_tokens = {max_new_tokens}
 threads = 1
+[web]
+enabled = false
 [log]
 level = "{level}"
 """

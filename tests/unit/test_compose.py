@@ -119,12 +119,12 @@ def test_our_containers_have_no_rights() -> None:
 
 
 def test_gpu_queue_and_database_are_out_of_reach() -> None:
-    """Only the receiver is published beside the test PACS; database, queue and worker have no way out."""
+    """Only the receiver and the web are published beside the test PACS; database, queue and worker have no way out."""
     published = {name for name, service in services().items() if "ports" in service}
     outside = {name for name, service in services().items() if "hospital" in service["networks"]}
 
-    assert published == {"receive", "orthanc"}
-    assert outside == {"receive", "deliver", "orthanc"}
+    assert published == {"receive", "web", "orthanc"}
+    assert outside == {"receive", "deliver", "web", "orthanc"}
     assert compose()["networks"]["inside"]["internal"] is True
     assert services()["worker"]["gpus"] == "all"
     assert services()["orthanc"]["profiles"] == ["test-pacs"]

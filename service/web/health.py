@@ -1,0 +1,116 @@
+"""Is the service well? Each dependency by itself; for load balancers, watchdogs and the front page."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import redis
+from fastapi import APIRouter, Response
+from pydantic import BaseModel
+from redis.exceptions import RedisError
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from service.shared.queue import broker_url
+from service.shared.settings import Settings, spool_folder
+from service.web.access import TheWeb, Web
+
+PING_TIMEOUT_S = 2.0
+SOCKET_SCHEME = "redis+socket://"
+
+router = APIRouter(prefix="/health", tags=["health"])
+
+
+class Check(BaseModel):
+    """One dependency."""
+
+    ok: bool
+    detail: str
+
+
+class Alive(BaseModel):
+    alive: bool = True
+
+
+class Ready(BaseModel):
+    """Ready when every check is ok."""
+
+    ready: bool
+    checks: dict[str, Check]
+
+
+@router.get("/live")
+def live() -> Alive:
+    """This process answers."""
+    return Alive()
+
+
+@router.get("/ready", responses={503: {"model": Ready, "description": "Something that is needed is not well"}})
+def ready(web: TheWeb, response: Response) -> Ready:
+    """Every dependency: database, queue, disk, spool. 503 when one is not well."""
+    checks = check_all(web)
+    well = all(check.ok for check in checks.values())
+    response.status_code = 200 if well else 503
+    response.headers["Cache-Control"] = "no-store"
+    return Ready(ready=well, checks=checks)
+
+
+def check_all(web: Web) -> dict[str, Check]:
+    return {
+        "database": _database(web),
+        "queue": _queue(web.settings),
+        "disk": _disk(web.settings),
+        "spool": _spool(web.settings),
+    }
+
+
+def queue_client(settings: Settings) -> redis.Redis:
+    """The Redis that Celery speaks to; its messages wait in a list that has the queue's name."""
+    url = broker_url(settings)
+    limits: dict[str, Any] = {"socket_timeout": PING_TIMEOUT_S, "socket_connect_timeout": PING_TIMEOUT_S}
+    if url.startswith(SOCKET_SCHEME):
+        return redis.Redis(unix_socket_path=unquote(url.removeprefix(SOCKET_SCHEME)), **limits)
+    return redis.Redis.from_url(url, **limits)
+
+
+def _database(web: Web) -> Check:
+    try:
+        with web.reading() as session:
+            session.execute(text("SELECT 1"))
+    except DBAPIError as error:
+        return Check(ok=False, detail=f"does not answer ({type(error).__name__}); see [database] url")
+    return Check(ok=True, detail="answers")
+
+
+def _queue(settings: Settings) -> Check:
+    try:
+        with queue_client(settings) as client:
+            waiting = client.llen(settings.queue.name)
+    except RedisError as error:
+        return Check(ok=False, detail=f"does not answer ({type(error).__name__}); see [queue] url")
+    return Check(ok=True, detail=f"answers, {waiting} messages waiting")
+
+
+def _disk(settings: Settings) -> Check:
+    folder = _existing(spool_folder(settings))
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    well = free_gb >= settings.spool.min_free_gb
+    return Check(ok=well, detail=f"{free_gb:.1f} GB free, {settings.spool.min_free_gb:g} GB are kept free")
+
+
+def _spool(settings: Settings) -> Check:
+    folder = spool_folder(settings)
+    if not folder.is_dir():
+        return Check(ok=False, detail="not there yet; the receiver makes it")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return Check(ok=False, detail="cannot be read by this process")
+    waiting = sum(1 for _ in (folder / "incoming").glob("*.json"))
+    return Check(ok=True, detail=f"readable, {waiting} receipts waiting")
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.resolve().parents) if path.exists())

@@ -1,0 +1,397 @@
+"""The dashboard: HTML pages for people, made on the server. What they show and do is what the API shows and does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote, urlencode
+
+from fastapi import APIRouter, FastAPI, Form, HTTPException, Query, Request, Response
+from fastapi.exception_handlers import http_exception_handler, request_validation_exception_handler
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import RedirectResponse
+from fastapi.templating import Jinja2Templates
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from service.report.words import NOTICES
+from service.shared import VERSION
+from service.shared.audit import AuditKind
+from service.shared.db import Analysis, Study
+from service.shared.messages import Flag
+from service.shared.settings import leaves
+from service.web import accounts, images, queries
+from service.web.access import COOKIE, Permission, Visitor, Web, find_visitor, record_view, the_web
+from service.web.health import check_all
+from service.web.queries import Narrowing, StudyFilter
+from service.web.schemas import AnalysisOut
+from service.web.stories import study_story, study_summary
+
+PAGE = 25
+EVENTS = 60
+WORST_FIRST = ("failed", "refused", "quarantined", "rejected", "pending")
+FUNNEL = (
+    ("Slices", (("slices_in_series", "in the series"), ("slices_sampled", "sampled"), ("inputs_kept", "read"))),
+    ("Visual tokens", (("tokens_in", "in all slices"), ("tokens_kept", "kept"))),
+)
+
+router = APIRouter(include_in_schema=False)
+templates = Jinja2Templates(Path(__file__).parent / "templates")
+
+
+# --- sign in --------------------------------------------------------------------------------------------------------
+
+
+@router.get("/login")
+def login_page(request: Request, following: Annotated[str, Query(alias="next", max_length=512)] = "/") -> Response:
+    with the_web(request).reading() as session:
+        users = accounts.count_users(session)
+    return _page(request, "login.html", None, following=_inside(following), users=users)
+
+
+@router.post("/login")
+def login(
+    request: Request,
+    name: Annotated[str, Form(max_length=64)],
+    password: Annotated[str, Form(max_length=1024)],
+    following: Annotated[str, Form(alias="next", max_length=512)] = "/",
+) -> Response:
+    """Open a session; every failure takes as long and says as little as every other."""
+    web = the_web(request)
+    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        raise HTTPException(403, "sign in from this site's own page")
+    now, address = web.clock(), request.client.host if request.client else "unknown"
+    keys = (f"name {name}", f"address {address}")
+    wait = web.throttle.wait_s(keys, now)
+    if wait > 0:
+        said = f"Too many failed attempts. Try again in {round(wait) + 1} s."
+        response = _page(request, "login.html", None, status=429, following=_inside(following), users=1, fault=said)
+        response.headers["Retry-After"] = str(round(wait) + 1)
+        return response
+    life = timedelta(hours=web.settings.web.session_hours)
+    with web.sessions.begin() as session:
+        secret = accounts.sign_in(session, name, password, now=now, life=life, address=address)
+    if secret is None:
+        web.throttle.failed(keys, now)
+        said = "Name or password is wrong."
+        return _page(request, "login.html", None, status=401, following=_inside(following), users=1, fault=said)
+    web.throttle.succeeded(keys)
+    redirect = RedirectResponse(_inside(following), 303)
+    redirect.set_cookie(
+        COOKIE,
+        secret,
+        max_age=int(life.total_seconds()),
+        httponly=True,
+        samesite="lax",  # strict would sign people out who follow a link from their RIS
+        secure=request.url.scheme == "https",
+    )
+    return redirect
+
+
+@router.post("/logout")
+def logout(request: Request, csrf: Annotated[str, Form(max_length=128)] = "") -> Response:
+    web, who = the_web(request), _visitor(request)
+    if who is not None and who.who is not None:
+        if csrf != who.csrf:
+            raise HTTPException(403, "the form is of another session")
+        with web.sessions.begin() as session:
+            accounts.sign_out(session, who.who, now=web.clock())
+    response = RedirectResponse("/login", 303)
+    response.delete_cookie(COOKIE)
+    return response
+
+
+# --- look -----------------------------------------------------------------------------------------------------------
+
+
+@router.get("/")
+def overview_page(request: Request) -> Response:
+    who = _visitor(request)
+    if who is None:
+        return _to_login(request)
+    web = the_web(request)
+    with web.reading() as session:
+        now = web.clock()
+        glance = queries.overview(session, now)
+        destinations = queries.destinations(session, web.settings.destination)
+        rows, _ = queries.list_studies(session, StudyFilter(), before=None, limit=8, by_identifier=False)
+        studies = [study_summary(row, who) for row in rows]
+    if who.sees_content and "poll" not in request.query_params:
+        record_view(web, AuditKind.STUDIES_LISTED, who, studies=len(studies))
+    checks = check_all(web)
+    return _page(
+        request, "overview.html", who, glance=glance, destinations=destinations, studies=studies, checks=checks, now=now
+    )
+
+
+@router.get("/studies")
+def studies_page(
+    request: Request,
+    q: Annotated[str, Query(max_length=128)] = "",
+    state: Annotated[str, Query(max_length=16)] = "",
+    sender: Annotated[str, Query(max_length=16)] = "",
+    since: Annotated[str, Query(max_length=10)] = "",
+    until: Annotated[str, Query(max_length=10)] = "",
+    cursor: Annotated[str, Query(max_length=18)] = "",
+) -> Response:
+    """A list that narrows as one types; `cursor` brings the next rows of the same list."""
+    who = _visitor(request)
+    if who is None:
+        return _to_login(request)
+    web = the_web(request)
+    text = q.strip().replace("\0", "")
+    which = StudyFilter(
+        text or None,
+        Narrowing(state) if state in list(Narrowing) else None,
+        sender.replace("\0", "") or None,
+        _day(since),
+        _day(until, timedelta(days=1)),
+    )
+    with web.reading() as session:
+        rows, following = queries.list_studies(
+            session,
+            which,
+            before=int(cursor) if cursor.isdigit() else None,
+            limit=PAGE,
+            by_identifier=who.sees_content,
+        )
+        studies = [study_summary(row, who) for row in rows]
+    if who.sees_content:
+        record_view(web, AuditKind.STUDIES_LISTED, who, studies=len(studies))
+    chosen = {"q": text, "state": state, "sender": sender, "since": since, "until": until}
+    more = None
+    if following is not None:
+        more = "/studies?" + urlencode({**{key: value for key, value in chosen.items() if value}, "cursor": following})
+    senders = sorted({source.ae_title for source in web.settings.source})
+    return _page(
+        request, "studies.html", who, studies=studies, more=more, chosen=chosen, states=list(Narrowing), senders=senders
+    )
+
+
+@router.get("/studies/{study_id}")
+def study_page(request: Request, study_id: int, analysis: Annotated[int | None, Query()] = None) -> Response:
+    """One study; `analysis` chooses which of its analyses is shown, the newest that has a report otherwise."""
+    who = _visitor(request)
+    if who is None:
+        return _to_login(request)
+    web = the_web(request)
+    if not 0 < study_id < 2**63:
+        raise HTTPException(404, "there is no such study")
+    with web.reading() as session:
+        study = session.get(Study, study_id)
+        if study is None:
+            raise HTTPException(404, f"there is no study {study_id}")
+        story = study_story(session, study, who)
+        events, _ = queries.list_events(session, study_id=study_id, limit=200)
+    chosen = _chosen(story.analyses, analysis)
+    if "poll" not in request.query_params:
+        record_view(web, AuditKind.STUDY_VIEWED, who, study_id=study_id)
+    running = story.state == "receiving" or any(one.state in ("queued", "running", "read") for one in story.analyses)
+    pending = any(d.state == "pending" for a in story.analyses for r in a.results for d in r.deliveries)
+    return _page(
+        request,
+        "study.html",
+        who,
+        study=story,
+        analysis=chosen,
+        candidates=_candidates(web, chosen),
+        events=[event for event in events if event.kind not in ("studies-listed",)],
+        live=running or pending,
+        notices=[NOTICES.get(Flag(flag), flag) for flag in (chosen.flags or [])] if chosen else [],
+        funnel=FUNNEL,
+    )
+
+
+@router.get("/charts")
+def charts_page(request: Request, days: Annotated[int, Query(ge=1, le=366)] = 7) -> Response:
+    who = _visitor(request)
+    return _to_login(request) if who is None else _page(request, "charts.html", who, days=days)
+
+
+@router.get("/events")
+def events_page(
+    request: Request,
+    kind: Annotated[str, Query(max_length=48)] = "",
+    actor: Annotated[str, Query(max_length=128)] = "",
+    cursor: Annotated[str, Query(max_length=18)] = "",
+) -> Response:
+    """Everything that happened, also what users did; for auditors and operators."""
+    who = _visitor(request)
+    if who is None:
+        return _to_login(request)
+    _must(who, Permission.EVENTS)
+    web = the_web(request)
+    with web.reading() as session:
+        events, following = queries.list_events(
+            session,
+            kind=kind or None,
+            actor=actor.replace("\0", "") or None,
+            before=int(cursor) if cursor.isdigit() else None,
+            limit=EVENTS,
+        )
+    chosen = {key: value for key, value in {"kind": kind, "actor": actor}.items() if value}
+    more = "/events?" + urlencode({**chosen, "cursor": following}) if following else None
+    return _page(request, "events.html", who, events=events, more=more, kinds=list(AuditKind), chosen=chosen)
+
+
+@router.get("/configuration")
+def configuration_page(request: Request) -> Response:
+    """Every key as resolved, secrets masked; for auditors and operators."""
+    who = _visitor(request)
+    if who is None:
+        return _to_login(request)
+    _must(who, Permission.CONFIGURATION)
+    sections: dict[str, list[tuple[str, Any]]] = {}
+    for key, value in leaves(the_web(request).settings):
+        section, _, name = key.partition(".")
+        sections.setdefault(section, []).append((name or section, value))
+    return _page(request, "configuration.html", who, sections=sections)
+
+
+def handle_errors(app: FastAPI) -> None:
+    """A page for people, JSON for programs."""
+
+    async def on_http_error(request: Request, error: StarletteHTTPException) -> Response:
+        if _is_program(request):
+            return await http_exception_handler(request, error)
+        return _page(request, "error.html", None, status=error.status_code, said=error.detail)
+
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        if _is_program(request):
+            return await request_validation_exception_handler(request, error)
+        return _page(request, "error.html", None, status=422, said="The address or form holds a value that cannot be.")
+
+    app.exception_handler(StarletteHTTPException)(on_http_error)
+    app.exception_handler(RequestValidationError)(on_invalid)
+
+
+# --- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _page(request: Request, name: str, who: Visitor | None, status: int = 200, **content: Any) -> Response:
+    path = request.url.path
+    return templates.TemplateResponse(
+        request,
+        name,
+        {"who": who, "path": path, "version": VERSION, "Permission": Permission, **content},
+        status_code=status,
+    )
+
+
+def _visitor(request: Request) -> Visitor | None:
+    return find_visitor(request, request.cookies.get(COOKIE), None)
+
+
+def _to_login(request: Request) -> Response:
+    address = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    response = RedirectResponse(f"/login?next={quote(address)}", 303)
+    if request.headers.get("hx-request"):
+        response = RedirectResponse("/login", 303)
+        response.status_code = 401
+        response.headers["HX-Redirect"] = "/login"
+    return response
+
+
+def _must(who: Visitor, permission: Permission) -> None:
+    if not who.may(permission):
+        raise HTTPException(403, "Your role does not include this page.")
+
+
+def _is_program(request: Request) -> bool:
+    return request.url.path.startswith(("/api/", "/health/", "/static/"))
+
+
+def _inside(address: str) -> str:
+    """An address of this site, whatever a link asked for."""
+    return address if address.startswith("/") and not address.startswith(("//", "/\\")) else "/"
+
+
+def _day(text: str, later: timedelta = timedelta(0)) -> datetime | None:
+    try:
+        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC) + later
+    except ValueError:
+        return None
+
+
+def _chosen(analyses: list[AnalysisOut], wanted: int | None) -> AnalysisOut | None:
+    for one in analyses:
+        if one.id == wanted:
+            return one
+    return next((one for one in analyses if one.counts), analyses[0] if analyses else None)
+
+
+def _candidates(web: Web, chosen: AnalysisOut | None) -> dict[str, Any]:
+    """Series UID -> why it was, or was not, the one to read."""
+    if chosen is None or chosen.counts is None:
+        return {}
+    with web.reading() as session:
+        try:
+            output, _ = images.read_output(web.settings, session.get_one(Analysis, chosen.id))
+        except images.NotShowable:
+            return {}
+    return {one.series_uid: one for one in output.candidates}
+
+
+def _person(name: str) -> str:
+    """PS3.5 6.2.1.1 PN, alphabetic group, as people write it: FAMILY, Given Middle."""
+    family, _, rest = name.split("=")[0].partition("^")
+    given = " ".join(part for part in rest.split("^")[:2] if part)
+    return f"{family}, {given}" if given else family
+
+
+def _date(text: str) -> str:
+    return f"{text[:4]}-{text[4:6]}-{text[6:]}" if len(text) == 8 and text.isdigit() else text
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _number(count: float | None) -> str:
+    return "–" if count is None else f"{count:,}".replace(",", " ")
+
+
+def _percent(part: float | None, whole: float | None) -> str:
+    return "–" if part is None or not whole else f"{100 * part / whole:.0f} %"
+
+
+def _words(kind: str) -> str:
+    return kind.replace("-", " ").replace("_", " ")
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{_words(key)} {value}" for key, value in values.items() if value is not None)
+
+
+def _delivery_word(counts: dict[str, int]) -> str:
+    """The state that matters most among a study's deliveries."""
+    present = Counter(counts)
+    return next((state for state in WORST_FIRST if present[state]), next(iter(counts), ""))
+
+
+templates.env.filters |= {
+    "person": _person,
+    "dicom_date": _date,
+    "duration": _duration,
+    "size": _size,
+    "number": _number,
+    "words": _words,
+    "pairs": _pairs,
+    "delivery_word": _delivery_word,
+}
+templates.env.globals |= {"percent": _percent}

@@ -1,0 +1,269 @@
+"""The shapes of the REST API, version 1. Times are ISO 8601 in UTC; fields that name a patient are null for who may
+not see them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from service.shared.db import AnalysisState, DeliveryState, ResultState, StudyState
+
+
+class Shape(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+
+class Problem(Shape):
+    detail: str
+
+
+class Header(Shape):
+    """What names the patient and the study."""
+
+    patient_id: str
+    issuer_of_patient_id: str
+    patient_name: str
+    patient_birth_date: str
+    patient_sex: str
+    accession_number: str
+    study_date: str
+    study_description: str
+
+
+class DeliveryOut(Shape):
+    id: int
+    result_id: int
+    destination: str
+    state: DeliveryState
+    attempts: int
+    next_attempt_at: datetime | None
+    status: int | None
+    reason: str | None
+    created_at: datetime
+    delivered_at: datetime | None
+
+
+class ResultOut(Shape):
+    id: int
+    analysis_id: int
+    kind: str
+    state: ResultState
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_uid: str
+    sha256: str
+    size_bytes: int
+    created_at: datetime
+    gate: list[str]
+    deliveries: list[DeliveryOut] = []
+
+
+class Report(Shape):
+    findings: str
+    impression: str
+
+
+class AnalysisSummary(Shape):
+    id: int
+    study_id: int
+    revision: int
+    route: str
+    run_number: int
+    state: AnalysisState
+    reason_code: str | None
+    reason: str | None
+    predecessor_id: int | None
+    queued_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    attempts: int
+    worker: str | None
+    series_uid: str | None
+    flags: list[str] | None
+    counts: dict[str, int] | None
+
+
+class AnalysisOut(AnalysisSummary):
+    series_reason: str | None
+    settings: dict[str, Any]
+    pruning: dict[str, Any] | None
+    model: dict[str, Any] | None
+    prompt: str
+    timings_s: dict[str, float] | None
+    memory_peak_bytes: int | None
+    software_version: str | None
+    output_sha256: str | None
+    report: Report | None = None
+    results: list[ResultOut] = []
+
+
+class StudySummary(Shape):
+    id: int
+    study_uid: str
+    state: StudyState
+    revision: int
+    held: bool
+    patient_mismatch: bool
+    first_received_at: datetime
+    last_image_at: datetime | None
+    calling_ae: str
+    header: Header | None
+    instances: int
+    modalities: list[str]
+    analysis: AnalysisSummary | None
+    deliveries: dict[str, int]
+
+
+class SeriesOut(Shape):
+    series_uid: str
+    modality: str
+    instances: int
+    size_bytes: int
+
+
+class StudyOut(Shape):
+    id: int
+    study_uid: str
+    state: StudyState
+    revision: int
+    held: bool
+    patient_mismatch: bool
+    first_received_at: datetime
+    opened_at: datetime | None
+    last_image_at: datetime | None
+    completed_at: datetime | None
+    calling_ae: str
+    header: Header | None = None
+    series: list[SeriesOut] = []
+    analyses: list[AnalysisOut] = []
+
+
+class EventOut(Shape):
+    id: int
+    at: datetime
+    kind: str
+    actor: str
+    study_id: int | None
+    analysis_id: int | None
+    result_id: int | None
+    delivery_id: int | None
+    detail: dict[str, Any]
+
+
+class Page(Shape):
+    next: str | None  # pass it as `cursor` for the next page; null on the last one
+
+
+class StudyPage(Page):
+    items: list[StudySummary]
+
+
+class AnalysisPage(Page):
+    items: list[AnalysisSummary]
+
+
+class DeliveryPage(Page):
+    items: list[DeliveryOut]
+
+
+class EventPage(Page):
+    items: list[EventOut]
+
+
+class DestinationOut(Shape):
+    name: str
+    ae_title: str
+    address: str
+    paused: bool
+    pending: int
+    rejected: int
+
+
+class Destinations(Shape):
+    items: list[DestinationOut]
+
+
+class Done(Shape):
+    done: list[str]  # what was done, in words; empty when there was nothing to do
+
+
+class WorkerOut(Shape):
+    worker: str
+    analysis_id: int
+    study_id: int
+    running_s: int | None
+    lease_valid: bool
+
+
+class Overview(Shape):
+    received: int
+    receiving: int
+    waiting: int
+    running: int
+    building: int
+    done: int
+    refused: int
+    failed: int
+    undelivered: int
+    rejected: int
+    quarantined: int
+    held: int
+    oldest_unfinished_s: int | None
+    workers: list[WorkerOut]
+
+
+class ChartPoint(Shape):
+    analysis_id: int
+    finished_at: datetime
+    sender: str
+    route: str
+    slices_kept: float | None
+    tokens_kept: float | None
+    total_s: float
+    timings_s: dict[str, float]
+
+
+class Charts(Shape):
+    points: list[ChartPoint]
+
+
+class SourceOut(Shape):
+    index: int
+    frame_number: int | None
+    position_mm: float | None
+    state: str
+    input_index: int | None
+    reason: str | None
+
+
+class InputOut(Shape):
+    index: int
+    operation: str
+    sources: list[int]
+    position_mm: float
+    kept: bool
+    represented_by: int | None
+    tokens: str  # one digit per token, row-major: 0 kept, 1 merged, 2 dropped, 3 not encoded
+    source_pixels_from_token: list[list[float]]  # 2 x 3
+
+
+class RetentionOut(Shape):
+    modality: str
+    rows: int
+    columns: int
+    windows: list[Any]
+    sources: list[SourceOut]
+    inputs: list[InputOut]
+    coverage: list[dict[str, Any]]
+    candidates: list[dict[str, Any]]
+
+
+class ConfigurationKey(Shape):
+    key: str
+    value: Any
+
+
+class Configuration(Shape):
+    items: list[ConfigurationKey]
