@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -23,13 +23,27 @@ from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service import assembly, chain, commands, delivery, dispatch, history, printing, results, sender, supervisor
+from service import (
+    assembly,
+    chain,
+    commands,
+    delivery,
+    dispatch,
+    explain,
+    export,
+    history,
+    printing,
+    results,
+    sender,
+    stats,
+    supervisor,
+)
 from service.broker import NoRedisServer
 from service.demo import run_demo
 from service.receiver import Receiver
 from service.shared import VERSION, audit, schema
 from service.shared.audit import AuditKind
-from service.shared.db import open_engine, open_sessions
+from service.shared.db import Study, open_engine, open_sessions
 from service.shared.log import set_up_logging
 from service.shared.settings import (
     ConfigurationError,
@@ -60,6 +74,10 @@ ConfigOption = Annotated[
     typer.Option("--config", envvar="MEDPRUNER_CONFIG", help="Configuration file; without it, ./config.toml if any."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON for other programs, instead of tables.")]
+
+
+TIMES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S"]
+SinceOption = Annotated[datetime | None, typer.Option("--since", formats=TIMES, help="Only from this time on (UTC).")]
 
 
 class Role(StrEnum):
@@ -236,14 +254,25 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
 def history_command(
     config: ConfigOption = None,
     limit: Annotated[int, typer.Option(min=1)] = 20,
-    state: Annotated[str | None, typer.Option(help="Only studies or newest analyses in this state.")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Only studies, newest analyses or deliveries in this state.")
+    ] = None,
+    since: SinceOption = None,
+    sender: Annotated[str | None, typer.Option(help="Only from this calling AE title.")] = None,
+    accession: Annotated[str | None, typer.Option(help="Only this accession number.")] = None,
     as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV for a spreadsheet, instead of a table.")] = False,
 ) -> None:
     """The newest studies with what became of them."""
     settings = _load(config)
-    with _reading(settings)() as session:
-        rows = history.recent(session, limit=limit, state=state)
-    printing.print_json(rows) if as_json else printing.print_history(Console(), rows)
+    with _reading(settings, read_only=True)() as session:
+        rows = history.recent(session, limit=limit, state=state, since=_utc(since), sender=sender, accession=accession)
+    if as_csv:
+        printing.print_history_csv(sys.stdout, rows)
+    elif as_json:
+        printing.print_json(rows)
+    else:
+        printing.print_history(Console(), rows)
 
 
 @app.command()
@@ -260,6 +289,33 @@ def show(
         except history.NotFound as error:
             raise _fail(str(error)) from error
     printing.print_json(story) if as_json else printing.print_study(Console(), story)
+
+
+@app.command("explain")
+def explain_command(
+    study: Annotated[str, typer.Argument(help="Study Instance UID, number in `history`, or accession number.")],
+    config: ConfigOption = None,
+) -> None:
+    """Why this study stands where it stands: its series, its state, and what happens next."""
+    settings = _load(config)
+    with _reading(settings, read_only=True)() as session:
+        story = history.study_story(session, _study(session, study))
+    for sentence in explain.explain(story, settings, datetime.now(UTC)):
+        typer.echo(sentence)
+
+
+@app.command("stats")
+def stats_command(
+    config: ConfigOption = None,
+    since: SinceOption = None,
+    sender: Annotated[str | None, typer.Option(help="Only from this calling AE title.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Numbers: what came, what became of it, how long each step took, how much pruning kept."""
+    settings = _load(config)
+    with _reading(settings, read_only=True)() as session:
+        found = stats.stats(session, since=_utc(since), sender=sender)
+    printing.print_json(found) if as_json else printing.print_stats(Console(), found)
 
 
 # --- change ---------------------------------------------------------------------------------------------------------
@@ -328,6 +384,45 @@ def audit_verify(
             f"FAULT: {found.fault}" if found.fault else f"the chain is whole; its head is {found.head or 'empty'}"
         )
     raise SystemExit(1 if found.fault else 0)
+
+
+@audit_app.command("export")
+def audit_export(
+    config: ConfigOption = None,
+    form: Annotated[export.Format, typer.Option("--format")] = export.Format.JSONL,
+    since: SinceOption = None,
+    until: Annotated[datetime | None, typer.Option(formats=TIMES, help="Only before this time (UTC).")] = None,
+    study: Annotated[str | None, typer.Option(help="Only of this study.")] = None,
+    sender: Annotated[str | None, typer.Option(help="Only of studies that this calling AE title sent.")] = None,
+    destination: Annotated[str | None, typer.Option(help="Only about this [[destination]].")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write; standard output without it.")] = None,
+) -> None:
+    """Every event of the audit for other programs; names no patient. The export itself is audited."""
+    settings = _load(config)
+    with _reading(settings, read_only=True)() as session:
+        study_id = None if study is None else _study(session, study).id
+        selection = export.Selection(
+            since=_utc(since), until=_utc(until), study_id=study_id, sender=sender, destination=destination
+        )
+        rows = export.events(session, selection)
+        try:
+            with (
+                nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8", newline="") as stream
+            ):
+                count = export.write(rows, form, stream)
+        except OSError as error:
+            raise _fail(f"{output}: cannot be written: {error.strerror}") from error
+    with _reading(settings).begin() as session:
+        audit.append(
+            session,
+            AuditKind.AUDIT_EXPORTED,
+            now=datetime.now(UTC),
+            actor=_user(),
+            study_id=study_id,
+            events=count,
+            format=form.value,
+        )
+    typer.echo(f"{count} events exported", err=True)
 
 
 # --- configuration --------------------------------------------------------------------------------------------------
@@ -462,6 +557,17 @@ def _note(sessions: sessionmaker[Session], kind: AuditKind) -> None:
 def _reachable(host: str) -> str:
     """Where to call a receiver that listens on every address."""
     return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+
+
+def _study(session: Session, name: str) -> Study:
+    try:
+        return history.study_named(session, name)
+    except history.NotFound as error:
+        raise _fail(str(error)) from error
+
+
+def _utc(at: datetime | None) -> datetime | None:
+    return None if at is None else at.replace(tzinfo=UTC)
 
 
 def _user() -> str:

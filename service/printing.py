@@ -57,7 +57,7 @@ def print_stats(console: Console, found: Row) -> None:
     table.add_row("instances", f"{found['instances']}, {found['bytes'] / 1e9:.2f} GB")
     table.add_row("analyses", _state_counts(found["analyses"]))
     table.add_row("routes", _pairs(found["routes"]) or "none")
-    table.add_row("reasons", escape(_pairs(found["reasons"])) or "none")
+    table.add_row("reasons", _foreign(_pairs(found["reasons"]) or "none"))
     for destination, states in found["deliveries"].items():
         table.add_row(f"deliveries to {destination}", _state_counts(states))
     for key, words in SPREADS.items():
