@@ -19,6 +19,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     KeyObjectSelectionDocumentStorage,
     MultiFrameTrueColorSecondaryCaptureImageStorage,
+    ParametricMapStorage,
     RLELossless,
     SegmentationStorage,
 )
@@ -40,7 +41,7 @@ SENT: dict[str, tuple[UID, ...]] = {
     MultiFrameTrueColorSecondaryCaptureImageStorage: (ExplicitVRLittleEndian, RLELossless),
 }
 # What service.report builds and no route sends yet
-BUILT_ONLY: tuple[str, ...] = (KeyObjectSelectionDocumentStorage,)
+BUILT_ONLY: tuple[str, ...] = (KeyObjectSelectionDocumentStorage, ParametricMapStorage)
 # Statuses that a destination may answer with, one of each of our reactions
 _ANSWERS = (0x0000, 0xB000, 0xB006, 0xB007, 0x0107, 0x0116, 0xA700, 0xA900, 0xC000, 0x0122, 0x0124)
 _REACTIONS = {

@@ -128,6 +128,10 @@ SEGMENTATION = Code("113076", "DCM", "Segmentation")
 TOKENS_GIVEN = _private("MP-201", "Region given to the language model")
 SLICE_GIVEN = _private("MP-202", "Slice given to the model")
 
+# The quantity of the parametric map
+QUANTITY = Code("246205007", "SCT", "Quantity")
+SALIENCY = Code("130404", "DCM", "Saliency")
+
 CAUTION = _private("MP-100", "Caution")
 CAUTIONS: dict[Flag, Code] = {
     Flag.TRUNCATED: _private("MP-101", "Text truncated"),

@@ -15,6 +15,7 @@ from pydicom.uid import CTImageStorage
 
 from service.report.identity import PriorDocument, RunIdentity
 from service.report.key_objects import build_key_objects
+from service.report.parametric_map import build_parametric_map
 from service.report.pixels import SourceFrame
 from service.report.retention_map import build_secondary_capture
 from service.report.segmentation import build_segmentation
@@ -68,6 +69,7 @@ def results(circumstances: Circumstances) -> dict[str, Dataset]:
     }
     if "FrameOfReferenceUID" in source.series:
         objects["Retention mask"] = build_segmentation(output, arrays, source, frames, _SHAPE, settings, run=run)
+        objects["Attention map"] = build_parametric_map(output, arrays, source, frames, settings, run=run)
     return objects
 
 

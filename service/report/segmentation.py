@@ -23,22 +23,25 @@ from service.report.header import (
     clipped,
     code_item,
     common_header,
-    copy_into,
     copy_series_of_source,
-    decimal,
     private_scheme,
 )
 from service.report.identity import RunIdentity
 from service.report.pixels import SourceFrame
+from service.report.planes import (
+    POSITION,
+    SEGMENT_NUMBER,
+    dimensions,
+    frame_groups,
+    referenced_series,
+    require_place,
+    shared_planes,
+)
 from service.report.source import SourceStudy
 from service.shared.messages import AnalysisOutput, RetentionArrays
 from service.shared.settings import ReportSettings
 
 SERIES_DESCRIPTION = "AI model input mask, not for diagnosis"
-
-
-class Unplaced(ValueError):
-    """The slices have no common frame of reference, orientation or spacing: a mask has no place to lie."""
 
 
 class _Segment(NamedTuple):
@@ -91,7 +94,7 @@ def build_segmentation(
     )
     copy_series_of_source(dataset, source)
     dataset.pop("Laterality", None)  # not in a segmentation: its segments say what they are of
-    _require_place(dataset, given)
+    require_place(dataset, given)
     dataset.CodingSchemeIdentificationSequence = [private_scheme()]
     mask_frames: list[_MaskFrame] = []
     bits: list[NDArray[np.bool_]] = []
@@ -105,19 +108,12 @@ def build_segmentation(
     bits += [np.ones(shape, np.bool_)] * len(given)
     _describe_pixels(dataset, shape, bits)
     dataset.SegmentSequence = [_segment(segment, output, run) for segment in present]
-    _dimensions(dataset, run)
-    _functional_groups(dataset, mask_frames, source)
-    dataset.ReferencedSeriesSequence = _referenced_series(given, source)
+    dimensions(dataset, run, "SEG", (SEGMENT_NUMBER, POSITION))
+    shared = shared_planes(given, source, given[0].orientation or (), given[0].spacing or ())
+    dataset.SharedFunctionalGroupsSequence = [shared]
+    dataset.PerFrameFunctionalGroupsSequence = [_frame_groups(frame, source) for frame in mask_frames]
+    dataset.ReferencedSeriesSequence = referenced_series(given, source)
     return name_by_content(dataset, "SEG", *run.analysis_key)
-
-
-def _require_place(dataset: Dataset, frames: Sequence[SourceFrame]) -> None:
-    if "FrameOfReferenceUID" not in dataset:
-        raise Unplaced("the source has no valid Frame of Reference UID")
-    if any(frame.position is None for frame in frames):
-        raise Unplaced("a slice has no position")
-    if len({(frame.orientation, frame.spacing) for frame in frames}) != 1 or frames[0].orientation is None:
-        raise Unplaced("the slices differ in orientation or pixel spacing, or state none")
 
 
 def _describe_pixels(dataset: Dataset, shape: tuple[int, int], bits: Sequence[NDArray[np.bool_]]) -> None:
@@ -167,86 +163,10 @@ def _segment(segment: _Segment, output: AnalysisOutput, run: RunIdentity) -> Dat
     return item
 
 
-def _dimensions(dataset: Dataset, run: RunIdentity) -> None:
-    """Frames are indexed by segment, then by position."""
-    organization = run.uid("dimensions")
-    item = Dataset()
-    item.DimensionOrganizationUID = organization
-    dataset.DimensionOrganizationSequence = [item]
-    pointers = []
-    for pointer, group in ((0x0062000B, 0x0062000A), (0x00200032, 0x00209113)):
-        index = Dataset()
-        index.DimensionOrganizationUID = organization
-        index.DimensionIndexPointer = pointer
-        index.FunctionalGroupPointer = group
-        pointers.append(index)
-    dataset.DimensionIndexSequence = pointers
-
-
-def _functional_groups(dataset: Dataset, frames: Sequence[_MaskFrame], source: SourceStudy) -> None:
-    first = frames[0].source
-    shared, orientation, measures = Dataset(), Dataset(), Dataset()
-    orientation.ImageOrientationPatient = [decimal(part) for part in first.orientation or ()]
-    measures.PixelSpacing = [decimal(part) for part in first.spacing or ()]
-    thickness = source.series.get("SliceThickness") or _median_gap([frame.source for frame in frames])
-    if thickness:
-        measures.SliceThickness = thickness
-    shared.PlaneOrientationSequence = [orientation]
-    shared.PixelMeasuresSequence = [measures]
-    dataset.SharedFunctionalGroupsSequence = [shared]
-    dataset.PerFrameFunctionalGroupsSequence = [_frame_groups(frame, source) for frame in frames]
-
-
-def _median_gap(frames: Sequence[SourceFrame]) -> str:
-    """The usual distance between neighbours, where the source states no thickness; empty for a single slice."""
-    positions = np.array(sorted({frame.position for frame in frames if frame.position is not None}))
-    if len(positions) < 2:
-        return ""
-    return decimal(float(np.median(np.linalg.norm(np.diff(positions, axis=0), axis=1))))
-
-
 def _frame_groups(frame: _MaskFrame, source: SourceStudy) -> Dataset:
-    groups, content, position, identification, derivation = (Dataset() for _ in range(5))
-    content.DimensionIndexValues = [frame.segment.number, frame.place]
-    position.ImagePositionPatient = [decimal(part) for part in frame.source.position or ()]
+    index = (frame.segment.number, frame.place)
+    groups = frame_groups(frame.source, source, index, frame.source.position or (), codes.SEGMENTATION)
+    identification = Dataset()
     identification.ReferencedSegmentNumber = frame.segment.number
-    image = _reference(frame.source, source)
-    if frame.source.frame_number is not None:
-        image.ReferencedFrameNumber = frame.source.frame_number
-    image.PurposeOfReferenceCodeSequence = [code_item(codes.SOURCE_IMAGE)]
-    image.SpatialLocationsPreserved = "YES"
-    derivation.SourceImageSequence = [image]
-    derivation.DerivationCodeSequence = [code_item(codes.SEGMENTATION)]
-    groups.FrameContentSequence = [content]
-    groups.PlanePositionSequence = [position]
     groups.SegmentIdentificationSequence = [identification]
-    groups.DerivationImageSequence = [derivation]
     return groups
-
-
-def _referenced_series(frames: Sequence[SourceFrame], source: SourceStudy) -> list[Dataset]:
-    series_of = {one.sop_instance_uid: one.series_uid for one in source.instances}
-    by_series: dict[str, dict[str, Dataset]] = {}
-    for frame in frames:
-        of_series = by_series.setdefault(series_of[frame.sop_instance_uid], {})
-        of_series[frame.sop_instance_uid] = _reference(frame, source)
-    items = []
-    for series_uid, references in by_series.items():
-        item = Dataset()
-        copy_into(item, {"SeriesInstanceUID": series_uid})
-        item.ReferencedInstanceSequence = list(references.values())
-        items.append(item)
-    return items
-
-
-def _reference(frame: SourceFrame, source: SourceStudy) -> Dataset:
-    classes = {one.sop_instance_uid: one.sop_class_uid for one in source.instances}
-    item = Dataset()
-    copy_into(
-        item,
-        {
-            "ReferencedSOPClassUID": classes[frame.sop_instance_uid],
-            "ReferencedSOPInstanceUID": frame.sop_instance_uid,
-        },
-    )
-    return item

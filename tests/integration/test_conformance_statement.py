@@ -17,6 +17,7 @@ from service.report import codes
 from service.report.encoding import encode
 from service.report.identity import IMPLEMENTATION_CLASS_UID
 from service.report.key_objects import build_key_objects
+from service.report.parametric_map import build_parametric_map
 from service.report.pixels import PixelLimits, read_frames
 from service.report.readable import walk
 from service.report.retention_map import build_secondary_capture, wanted_frames
@@ -149,6 +150,7 @@ def objects(folder: Path) -> dict[str, Dataset]:
         "Basic Text SR (TID 2000)": build_text_report(output, source, settings, run=RUN),
         "Key objects": build_key_objects(output, source, settings, run=RUN),
         "Retention map": build_secondary_capture(output, arrays, source, frames, settings, run=RUN),
+        "Attention map": build_parametric_map(output, arrays, source, frames, settings, run=RUN),
         "Retention mask": build_segmentation(output, arrays, source, frames, (512, 512), settings, run=RUN),
     }
 

@@ -23,6 +23,7 @@ from service.report.encoding import encode, uncompressed
 from service.report.gate import Severity, check
 from service.report.identity import PriorDocument, RunIdentity
 from service.report.key_objects import build_key_objects
+from service.report.parametric_map import build_parametric_map
 from service.report.pixels import PixelLimits, read_frames
 from service.report.retention_map import build_secondary_capture, wanted_frames
 from service.report.segmentation import build_segmentation
@@ -282,7 +283,7 @@ def test_the_key_objects_of_a_real_study_pass_the_gate(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", [BODY, HEAD], ids=["body", "head"])
 def test_the_maps_of_a_real_study_pass_the_gate(folder: Path) -> None:
-    """Secondary Capture, compressed and not, and segmentation."""
+    """Secondary Capture, compressed and not, segmentation and parametric map."""
     source = read_source(folder.glob("*.dcm"))
     output = output_for(source, tokens=(16, 16))
     arrays = arrays_of(output.retention.inputs, (16, 16))
@@ -291,8 +292,9 @@ def test_the_maps_of_a_real_study_pass_the_gate(folder: Path) -> None:
 
     capture = encode(build_secondary_capture(output, arrays, source, frames, settings, run=RUN), RLELossless)
     mask = encode(build_segmentation(output, arrays, source, frames, (512, 512), settings, run=RUN))
+    attention = encode(build_parametric_map(output, arrays, source, frames, settings, run=RUN))
 
-    for content in (capture, uncompressed(capture), mask):
+    for content in (capture, uncompressed(capture), mask, attention):
         findings = check(content, verbatim=source.uids)
         assert [str(one) for one in findings if one.severity is not Severity.ALLOWED] == []
 

@@ -14,7 +14,8 @@ from pydicom.dataset import Dataset
 
 from service.report.encoding import encode
 from service.report.pixels import SourceFrame
-from service.report.segmentation import Unplaced, build_segmentation
+from service.report.planes import Unplaced
+from service.report.segmentation import build_segmentation
 from service.report.source import SourceStudy, read_source
 from service.shared.messages import TOKEN_CODES, SourceState, TokenState
 from service.shared.settings import ReportSettings
