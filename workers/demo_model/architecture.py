@@ -40,7 +40,7 @@ def config(vocabulary: dict[str, int], image_tokens: dict[str, str]) -> Gemma3Co
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=32,
-            query_pre_attn_scalar=32,
+            query_pre_attn_scalar=8,  # queries and keys are normalised: 32 could not single out one of 864 tokens
             sliding_window=512,  # larger than one image's tokens
             layer_types=["sliding_attention", "full_attention"] * 2,
             max_position_embeddings=32768,

@@ -46,10 +46,10 @@ class DecoderPlan:
     steps: int = 800
     short: int = 400
     reports: int = 16  # per step and process at most
-    tokens: int = 6000  # of all readings of a step and process together
+    tokens: int = 4500  # of all readings of a step and process together
     fresh: int = 1  # studies encoded per step and process
     kept: int = 2000  # encoded studies in memory per process
-    first: int = 250
+    first: int = 100
     rate: float = 2e-3
     decay_from: float = 0.6
     held_out: int = 80  # studies to watch the training by
@@ -197,7 +197,7 @@ def train_decoder(folder: Path, plan: DecoderPlan, *, rank: int = 0, processes: 
             spent = seconds + time.process_time() - start
             times = f"cpu {spent:.0f} s wall {time.monotonic() - wall:.0f} s"
             say(f"decoder step {done} loss {np.mean(losses[-25:]):.4f} {times}")
-        if rank == 0 and (done % 100 == 0 or done == plan.steps):
+        if rank == 0 and (done % 50 == 0 or done == plan.steps):
             state = {
                 "model": model.state_dict(),
                 "optimisers": optimisers.state_dict(),
@@ -207,7 +207,7 @@ def train_decoder(folder: Path, plan: DecoderPlan, *, rank: int = 0, processes: 
             }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
-        if rank == 0 and (done % 300 == 0 or done == plan.steps):
+        if rank == 0 and (done % 400 == 0 or done == plan.steps):
             model.eval()  # type: ignore[no-untyped-call]
             reader = (lambda one: show_suspects(one, np.random.default_rng(0))) if short else whole
             texts = write_reports(model, writer, [reader(one) for one in held_out])

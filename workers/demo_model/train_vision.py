@@ -59,7 +59,7 @@ class VisionPlan:
     studies: int = 9  # per step and process
     slabs: int = 18  # of each study; half as many once every cell is encoded
     cells: int = 14  # of the 36 of each slab, until `full_from`
-    full_from: float = 0.93  # share of the steps after which every cell is encoded
+    full_from: float = 0.95  # share of the steps after which every cell is encoded
     rate: float = 2e-3
     decay_from: float = 0.6
     held_out: int = 120  # studies to watch the training by
