@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -124,6 +125,8 @@ def _serve_all(settings: Settings, config: Path | None, stop: Event, *, with_wor
     _note(sessions, AuditKind.SERVICE_STARTED)
     log.info("serving", ae_title=settings.scp.ae_title, host=settings.scp.host, port=settings.scp.port)
     supervisor.supervise(wanted, stop)
+    if with_worker:
+        dispatch.hand_back_of_the_dead(sessions, socket.gethostname(), datetime.now(UTC))
     _note(sessions, AuditKind.SERVICE_STOPPED)
 
 

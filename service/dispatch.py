@@ -232,6 +232,23 @@ def ring_waiting(settings: Settings, sessions: sessionmaker[Session], doorbell: 
             session.execute(update(Analysis).where(Analysis.id.in_(sent)).values(rung_at=now))
 
 
+def hand_back_of_the_dead(sessions: sessionmaker[Session], host: str, now: datetime) -> int:
+    """Queue again what workers of this host were reading when they were ended; how many. A planned stop is no fault
+    of the study, so it costs no attempt."""
+    handed_back = 0
+    with sessions.begin() as session:
+        running = session.scalars(
+            select(Analysis).where(
+                Analysis.state == AnalysisState.RUNNING, Analysis.worker.startswith(f"{host}/", autoescape=True)
+            )
+        ).all()
+        for analysis in running:
+            process = (analysis.worker or "").rpartition("/")[2]
+            if process.isdigit() and not Path("/proc", process).exists():
+                handed_back += transitions.hand_back(session, analysis, now=now, actor=ACTOR)
+    return handed_back
+
+
 def _snapshot(settings: Settings) -> dict[str, Any]:
     """What decides how a study is read, as configured; kept with the analysis, so that it can be repeated."""
     return {section: getattr(settings, section).model_dump(mode="json") for section in ("model", "pruning", "series")}

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
@@ -19,6 +18,7 @@ from service.broker import redis_command
 from service.shared.settings import Settings
 
 ROLES = ("receive", "ingest", "dispatch", "deliver", "web")
+QUEUE = "redis"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 10.0
 SETTLED_S = 30.0  # a process that lived this long starts again at once
@@ -37,34 +37,32 @@ class Supervised:
     started_at: float = 0.0
     wait_s: float = FIRST_WAIT_S
     not_before: float = 0.0
-    restarts: int = field(default=0)
 
 
 def commands(settings: Settings, config: Path | None, *, with_worker: bool) -> list[tuple[str, list[str]]]:
-    """What `serve` runs, in the order in which it is started; stopped in the same order, the queue last of all."""
+    """What `serve` runs, in the order in which it is started."""
     tail = ["--config", str(config)] if config else []
     roles = [role for role in ROLES if role != "web" or settings.web.enabled]
     wanted = [(role, [sys.executable, "-m", "service", "serve", "--role", role, *tail]) for role in roles]
     if with_worker:
         wanted.append(("worker", [sys.executable, "-m", "workers", "worker", *tail]))
     if not settings.queue.url.get_secret_value():
-        wanted.append(("redis", redis_command(settings.data.path)))
+        wanted.append((QUEUE, redis_command(settings.data.path)))
     return wanted
 
 
-def supervise(wanted: list[tuple[str, list[str]]], stop: Event, *, on_round: Callable[[], None] | None = None) -> None:
-    """Keep all commands running until `stop`, then end them one after the other."""
+def supervise(wanted: list[tuple[str, list[str]]], stop: Event) -> None:
+    """Keep all commands running until `stop`, then end them all, the queue last."""
     supervised = [Supervised(name, command) for name, command in wanted]
     try:
         while not stop.is_set():
             for one in supervised:
                 _keep(one, time.monotonic())
-            if on_round:
-                on_round()
             stop.wait(0.2)
     finally:
-        for one in supervised:
-            _end(one)
+        last = [one for one in supervised if one.name == QUEUE]
+        _end([one for one in supervised if one.name != QUEUE])  # they finish what they hold; the queue listens still
+        _end(last)
 
 
 def _keep(one: Supervised, now: float) -> None:
@@ -78,25 +76,26 @@ def _keep(one: Supervised, now: float) -> None:
         one.process = None
         one.not_before = now + one.wait_s
         one.wait_s = min(LONGEST_WAIT_S, one.wait_s * 2)
-        one.restarts += 1
     if now >= one.not_before:
         one.process = subprocess.Popen(one.command, start_new_session=True, preexec_fn=_die_with_parent)
         one.started_at = now
         log.info("process_started", process=one.name, pid=one.process.pid)
 
 
-def _end(one: Supervised) -> None:
-    process = one.process
-    if process is None or process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(TERM_GRACE_S)
-    except subprocess.TimeoutExpired:
-        log.warning("process_killed", process=one.name, after_s=TERM_GRACE_S)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    log.info("process_stopped", process=one.name)
+def _end(ending: list[Supervised]) -> None:
+    """Ask all at once, wait for all, and kill what outlives the grace."""
+    running = [(one.name, one.process) for one in ending if one.process is not None and one.process.poll() is None]
+    for _, process in running:
+        process.terminate()
+    deadline = time.monotonic() + TERM_GRACE_S
+    for name, process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            log.warning("process_killed", process=name, after_s=TERM_GRACE_S)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.info("process_stopped", process=name)
 
 
 def _die_with_parent() -> None:

@@ -275,6 +275,31 @@ def close_fault(
     return state
 
 
+def hand_back(session: Session, analysis: Analysis, *, now: datetime, actor: str) -> bool:
+    """running -> queued without counting the attempt: its worker was ended by a planned stop, not by the study."""
+    changed = _changed(
+        session,
+        update(Analysis)
+        .where(
+            Analysis.id == analysis.id,
+            Analysis.state == AnalysisState.RUNNING,
+            Analysis.fence == analysis.fence,
+        )
+        .values(state=AnalysisState.QUEUED, attempts=Analysis.attempts - 1, lease_until=None, rung_at=None),
+    )
+    if changed:
+        audit.append(
+            session,
+            AuditKind.ANALYSIS_RETRIED,
+            now=now,
+            actor=actor,
+            study_id=analysis.study_id,
+            analysis_id=analysis.id,
+            code="service-stopped",
+        )
+    return changed
+
+
 def fail_exhausted(session: Session, *, max_attempts: int, now: datetime, actor: str) -> int:
     """running, lease expired, attempts spent -> failed; how many. Nobody is left who could close these."""
     spent = and_(Analysis.state == AnalysisState.RUNNING, Analysis.lease_until < now, Analysis.attempts >= max_attempts)
