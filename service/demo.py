@@ -51,6 +51,8 @@ quiet_period_s = 2
 sweep_s = 0.5
 [model]
 max_new_tokens = 128
+[web]
+port = {web_port}
 [[route]]
 name = "default"
 companions = ["sc", "seg"]
@@ -84,7 +86,8 @@ def run_demo(study: Path | None, *, stay: bool, console: Console, stop: Event) -
     with _stand_in_pacs(FOLDER / "pacs") as pacs:
         port = _free_port()
         config = FOLDER / "config.toml"
-        config.write_text(CONFIGURATION.format(folder=FOLDER, port=port, pacs_port=pacs.port), encoding="utf-8")
+        places = {"folder": FOLDER, "port": port, "pacs_port": pacs.port, "web_port": _free_port()}
+        config.write_text(CONFIGURATION.format(**places), encoding="utf-8")
         settings = load(config, {})
         with _service(config, console) as service:
             try:
@@ -96,6 +99,7 @@ def run_demo(study: Path | None, *, stay: bool, console: Console, stop: Event) -
                 console.print(f"The log of the service: {FOLDER / 'service.log'}", markup=False, highlight=False)
                 return 1
             if stay:
+                console.print(f"Dashboard: http://127.0.0.1:{settings.web.port}", highlight=False)
                 console.print(f"Up until Ctrl-C: send studies to {settings.scp.ae_title} at 127.0.0.1:{port}.")
                 stop.wait()
     return 0 if well else 1
@@ -238,6 +242,7 @@ def _tell(story: dict[str, Any], pacs: StandInPacs, config: Path, console: Conso
     console.print(
         f"Look further:  ./run show {study} --config {relative}\n"
         f"               ./run history --config {relative}\n"
+        "               ./run demo --stay keeps it up, with a dashboard\n"
         "Research software, not a medical device; not for diagnosis.",
         markup=False,
         highlight=False,
