@@ -1,24 +1,33 @@
-"""`./run bench NAME`: benchmarks, each a module with main(arguments). Without a name they are listed."""
+"""`./run bench NAME [ARGUMENTS]`: each benchmark is a module here with main(arguments). Without a name they are listed."""
 
 from __future__ import annotations
 
-import importlib.util
+import ast
+import importlib
 import sys
+from pathlib import Path
 
-MODULES = {  # name -> module of this package and what it measures
-    "lesions": ("lesion_survival", "which nodules are still shown after pruning, by size, method and token budget"),
-    "pruning": ("pruning", "time and memory of the pruning stages and of a pruned read, on the CPU"),
-    "vlm": ("vlm", "time to first token at the dimensions of real models, on a GPU"),
-}
+FOLDER = Path(__file__).parent
+SHORT = {"lesion_survival": "lesions"}  # names that are easier to type
+
+
+def benchmarks() -> dict[str, tuple[str, str]]:
+    """Name -> module and the first line of its docstring, without importing any."""
+    found = {}
+    for path in sorted(FOLDER.glob("[!_]*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(part, ast.FunctionDef) and part.name == "main" for part in tree.body):
+            found[SHORT.get(path.stem, path.stem)] = (path.stem, (ast.get_docstring(tree) or "").split("\n")[0])
+    return found
 
 
 def main(arguments: list[str]) -> int:
-    here = {name: entry for name, entry in MODULES.items() if importlib.util.find_spec(f"tests.bench.{entry[0]}")}
-    if not arguments or arguments[0] not in here:
-        for name, (_, what) in here.items():
-            print(f"{name:10} {what}", file=sys.stderr)  # noqa: T201
+    known = benchmarks()
+    if not arguments or arguments[0] not in known:
+        for name, (_, what) in known.items():
+            print(f"{name:12} {what}", file=sys.stderr)  # noqa: T201
         return 0 if not arguments else 2
-    module = importlib.import_module(f"tests.bench.{here[arguments[0]][0]}")
+    module = importlib.import_module(f"tests.bench.{known[arguments[0]][0]}")
     return int(module.main(arguments[1:]) or 0)
 
 
