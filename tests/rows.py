@@ -13,6 +13,7 @@ from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
+import numpy as np
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -30,10 +31,13 @@ from service.shared.db import (
     open_sessions,
 )
 from service.shared.messages import (
+    TOKEN_CODES,
     AnalysisOutput,
     Counts,
     ModelIdentity,
     Retention,
+    RetentionArrays,
+    TokenState,
 )
 from service.shared.transitions import Claim
 
@@ -284,3 +288,15 @@ def output(*, analysis_id: int = 1, **changes: Any) -> AnalysisOutput:
         "arrays_sha256": "2" * 64,
     }
     return AnalysisOutput(**(fields | changes))
+
+
+def arrays() -> RetentionArrays:
+    """Two inputs of four tokens, one of them not encoded."""
+    codes = TOKEN_CODES
+    kept, merged, absent = codes[TokenState.KEPT], codes[TokenState.MERGED], codes[TokenState.NOT_ENCODED]
+    return RetentionArrays(
+        tokens=np.array([[kept, merged, kept, merged], [absent] * 4], np.uint8),
+        merged_into=np.array([[-1, 0, -1, 2], [-1] * 4], np.int32),
+        scores=np.array([[1.5, 0.5, 1.25, 0.75], [np.nan] * 4], np.float32),
+        source_pixels_from_token=np.arange(12, dtype=np.float64).reshape(2, 2, 3),
+    )

@@ -67,7 +67,7 @@ def build_app(settings: Settings) -> Celery:
         worker_pool="prefork",  # the only pool that enforces time limits and survives a killed child
         worker_proc_alive_timeout=600,  # loading weights takes longer than the 4 s Celery allows by default
         task_time_limit=settings.queue.hard_time_limit_s,
-        task_soft_time_limit=max(1, settings.queue.hard_time_limit_s - SOFT_LIMIT_MARGIN_S),
+        task_soft_time_limit=_soft_limit_s(settings.queue.hard_time_limit_s),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,  # wait for Redis for as long as it takes
         worker_cancel_long_running_tasks_on_connection_loss=False,  # the database lease decides, not the broker
@@ -78,7 +78,7 @@ def build_app(settings: Settings) -> Celery:
     # A redelivery must not wait for Redis' default sweep of 100 s when a whole worker was killed.
     app.conf.broker_transport_options |= {"unacked_restore_interval": 5, "unacked_restore_throttle": 1}
 
-    @app.task(name=TASK_READ_STUDY)
+    @app.task(name=TASK_READ_STUDY, shared=False)  # of this application only
     def read_study(analysis_id: int) -> None:
         from workers.tasks import read_study as run  # pydicom, numpy and torch: in the child only
 
@@ -94,6 +94,11 @@ def build_app(settings: Settings) -> Celery:
             log.error("model_not_loaded", path=settings.model.path, error=explain_exception(error))
 
     return app
+
+
+def _soft_limit_s(hard_limit_s: int) -> int:
+    """When a task is told to end, so that it can say why before it is killed; late also under a short limit."""
+    return hard_limit_s - min(SOFT_LIMIT_MARGIN_S, hard_limit_s // 4)
 
 
 def run_worker(settings: Settings) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from threading import Event, Thread
-from typing import TYPE_CHECKING
+from time import sleep
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 from billiard.exceptions import SoftTimeLimitExceeded
 from sqlalchemy import select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.shared import transitions
@@ -25,6 +26,10 @@ from workers.errors import Refusal
 
 if TYPE_CHECKING:
     from workers.app import Child
+
+CLOSE_AGAIN_S = (1, 2, 5, 10, 20, 30)  # pauses between tries to put an end on record
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -40,18 +45,16 @@ def read_study(analysis_id: int, child: Child) -> None:
     if claim is None:
         log.info("nothing_to_claim", analysis_id=analysis_id)
         return
-    with structlog.contextvars.bound_contextvars(analysis_id=analysis_id, fence=claim.fence, attempt=claim.attempt):
+    with (
+        structlog.contextvars.bound_contextvars(analysis_id=analysis_id, fence=claim.fence, attempt=claim.attempt),
+        _lease_kept(sessions, claim, settings.queue.lease_s),
+    ):
         log.info("analysis_started")
         try:
-            with _lease_kept(sessions, claim, settings.queue.lease_s):
-                request = _request(sessions, claim, settings)
-                output, arrays = pipeline.read(request, child.model_for(request.settings.model))
+            request = _request(sessions, claim, settings)
+            output, arrays = pipeline.read(request, child.model_for(request.settings.model))
         except Refusal as refusal:
-            log.info("analysis_refused", code=refusal.code, reason=refusal.reason)
-            with sessions.begin() as session:
-                transitions.close_refused(
-                    session, claim, code=refusal.code, reason=refusal.reason, now=_now(), actor=child.name
-                )
+            _close_refused(child, claim, refusal)
         except SoftTimeLimitExceeded:
             limit = settings.queue.hard_time_limit_s
             _close_fault(child, claim, "time-limit", f"took longer than [queue] hard_time_limit_s = {limit}")
@@ -114,8 +117,9 @@ def _close_read(child: Child, claim: Claim, output: AnalysisOutput, arrays: byte
     data = child.settings.data.path
     folder = data / "outputs" / str(claim.analysis_id)
     path, sha256 = store_output(folder, claim.fence, output, arrays)
-    with child.sessions.begin() as session:
-        closed = transitions.close_read(
+    closed = _committed(
+        child,
+        lambda session: transitions.close_read(
             session,
             claim,
             output,
@@ -123,13 +127,25 @@ def _close_read(child: Child, claim: Claim, output: AnalysisOutput, arrays: byte
             output_sha256=sha256,
             now=_now(),
             actor=child.name,
-        )
+        ),
+    )
     log.info("analysis_read" if closed else "fence_lost", **output.counts.model_dump())
 
 
+def _close_refused(child: Child, claim: Claim, refusal: Refusal) -> None:
+    closed = _committed(
+        child,
+        lambda session: transitions.close_refused(
+            session, claim, code=refusal.code, reason=refusal.reason, now=_now(), actor=child.name
+        ),
+    )
+    log.info("analysis_refused" if closed else "fence_lost", code=refusal.code, reason=refusal.reason)
+
+
 def _close_fault(child: Child, claim: Claim, code: str, reason: str) -> None:
-    with child.sessions.begin() as session:
-        state = transitions.close_fault(
+    state = _committed(
+        child,
+        lambda session: transitions.close_fault(
             session,
             claim,
             code=code,
@@ -137,8 +153,22 @@ def _close_fault(child: Child, claim: Claim, code: str, reason: str) -> None:
             max_attempts=child.settings.queue.max_attempts,
             now=_now(),
             actor=child.name,
-        )
+        ),
+    )
     log.warning("analysis_closed", state=state or "fence lost", code=code)
+
+
+def _committed(child: Child, close: Callable[[Session], T]) -> T:
+    """Close in a transaction; wait a while for a database that is away, else minutes of reading would be lost."""
+    for pause_s in CLOSE_AGAIN_S:
+        try:
+            with child.sessions.begin() as session:
+                return close(session)
+        except (OperationalError, InterfaceError) as error:
+            log.warning("database_unreachable", error=type(error).__name__, again_in_s=pause_s)
+            sleep(pause_s)
+    with child.sessions.begin() as session:
+        return close(session)
 
 
 @contextmanager

@@ -22,19 +22,7 @@ from service.shared.messages import (
     load_output,
     store_output,
 )
-from tests.rows import output
-
-
-def arrays() -> RetentionArrays:
-    """Two inputs of four tokens, one of them not encoded."""
-    codes = TOKEN_CODES
-    kept, merged, absent = codes[TokenState.KEPT], codes[TokenState.MERGED], codes[TokenState.NOT_ENCODED]
-    return RetentionArrays(
-        tokens=np.array([[kept, merged, kept, merged], [absent] * 4], np.uint8),
-        merged_into=np.array([[-1, 0, -1, 2], [-1] * 4], np.int32),
-        scores=np.array([[1.5, 0.5, 1.25, 0.75], [np.nan] * 4], np.float32),
-        source_pixels_from_token=np.arange(12, dtype=np.float64).reshape(2, 2, 3),
-    )
+from tests.rows import arrays, output
 
 
 @pytest.fixture
