@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
 
-from pydicom import config, dcmread, dcmwrite
+from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
@@ -16,6 +14,7 @@ from service.report.identity import (
     IMPLEMENTATION_VERSION_NAME,
     derived_uid,
 )
+from service.report.validation_mode import strict_writing
 
 _UNNAMED = "2.25.0"
 
@@ -34,7 +33,7 @@ def encode(dataset: Dataset, transfer_syntax_uid: UID = ExplicitVRLittleEndian) 
     meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
     dataset.file_meta = meta
     buffer = BytesIO()
-    with _strict_writing():
+    with strict_writing():
         dcmwrite(buffer, dataset, enforce_file_format=True)
     return buffer.getvalue()
 
@@ -57,14 +56,3 @@ def uncompressed(content: bytes) -> bytes:
     dataset = dcmread(BytesIO(content))
     dataset.decompress(as_rgb=False, generate_instance_uid=False)
     return encode(dataset)
-
-
-@contextmanager
-def _strict_writing() -> Iterator[None]:
-    """pydicom replaces what a character set cannot hold by `?` unless told to raise."""
-    before = config.settings.writing_validation_mode
-    config.settings.writing_validation_mode = config.RAISE
-    try:
-        yield
-    finally:
-        config.settings.writing_validation_mode = before

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
-from pydicom import config, dcmread
+from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 from pydicom.uid import BasicTextSRStorage, KeyObjectSelectionDocumentStorage
@@ -26,6 +26,7 @@ from service.report import codes, words
 from service.report.header import MODEL_NAME
 from service.report.readable import walk
 from service.report.source import MALFORMED
+from service.report.validation_mode import values_as_they_are
 
 _TIMEOUT_S = 60
 _SR_CLASSES = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.88\.")
@@ -98,14 +99,14 @@ def check(
     verbatim: UIDs of the source; an error of form in one of them is the source's, not ours.
     charset: that of the destination, where it takes no UTF-8.
     """
-    with config.disable_value_validation():  # what is invalid is a finding, not a warning that quotes it
+    with values_as_they_are():  # what is invalid is a finding, not a warning that quotes it
         own = _own_findings(content, evidence, charset, ours=True)
     return _UNREADABLE if own is None else (*own, *_dciodvfy(content, frozenset(verbatim)))
 
 
 def check_any(content: bytes) -> tuple[GateFinding, ...]:
     """Check any DICOM object, of whatever origin; own assertions only where it says that it is ours."""
-    with config.disable_value_validation():
+    with values_as_they_are():
         own = _own_findings(content, None, None, ours=False)
     return _UNREADABLE if own is None else (*own, *_dciodvfy(content, frozenset()))
 

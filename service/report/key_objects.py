@@ -10,7 +10,6 @@ from highdicom.sr import (
     TextContentItem,
 )
 from highdicom.sr.coding import CodedConcept
-from pydicom import config
 from pydicom.dataset import Dataset
 from pydicom.uid import KeyObjectSelectionDocumentStorage
 
@@ -20,6 +19,7 @@ from service.report.encoding import name_by_content
 from service.report.header import common_header, private_scheme
 from service.report.identity import RunIdentity
 from service.report.source import SourceStudy
+from service.report.validation_mode import values_as_they_are
 from service.shared.messages import AnalysisOutput
 from service.shared.settings import ReportSettings
 
@@ -49,7 +49,7 @@ def build_key_objects(
     instances = ((one.series_uid, one.sop_class_uid, one.sop_instance_uid) for one, _ in shown)
     dataset.CurrentRequestedProcedureEvidenceSequence = [references(source.study_uid, instances)]
     add_requests(dataset, source)
-    with config.disable_value_validation():  # UIDs of the source are copied even where they are invalid
+    with values_as_they_are():  # UIDs of the source are copied even where they are invalid
         for element in _content(output, settings, shown):
             dataset.add(element)
     return name_by_content(dataset, "KO", *run.analysis_key)

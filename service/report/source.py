@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydicom import config, dcmread
+from pydicom import dcmread
 from pydicom.charset import python_encoding
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
@@ -21,6 +21,7 @@ from pydicom.uid import CTImageStorage, MRImageStorage
 
 from service.report.attributes import Action, Charset, Repair, decoded, uid_is_valid, valid
 from service.report.identity import derived_uid
+from service.report.validation_mode import values_as_they_are
 
 Checked = Mapping[str, "str | tuple[Checked, ...]"]
 
@@ -151,7 +152,7 @@ def read_source(paths: Iterable[Path], *, default_charset: str = "ISO_IR 100") -
     """
     if default_charset not in python_encoding:
         raise ValueError(f"default_charset {default_charset!r} is no defined term of Specific Character Set")
-    with config.disable_value_validation():  # our own rules hold here, and pydicom's warnings quote values
+    with values_as_they_are():  # our own rules hold here, and pydicom's warnings quote values
         return _read(sorted(paths), default_charset)
 
 

@@ -24,7 +24,6 @@ from highdicom.sr import (
     UIDRefContentItem,
 )
 from highdicom.sr.coding import CodedConcept
-from pydicom import config
 from pydicom.dataset import Dataset
 from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage, EnhancedSRStorage
 
@@ -35,6 +34,7 @@ from service.report.header import clipped
 from service.report.identity import RunIdentity
 from service.report.readable import walk
 from service.report.source import SourceStudy
+from service.report.validation_mode import values_as_they_are
 from service.shared.messages import AnalysisOutput
 from service.shared.settings import ReportSettings, SrSopClass
 
@@ -60,7 +60,7 @@ def build_sr(
     Raises ValueError when none of the analysed instances is in `source`.
     """
     _, unlisted = analysed_instances(output, source)
-    with config.disable_value_validation():  # UIDs of the source are copied even where they are invalid
+    with values_as_they_are():  # UIDs of the source are copied even where they are invalid
         root = _content(output, source, settings, run, unlisted)
     return document(output, source, settings, run, sop_class_uid=SOP_CLASSES[sop_class], root=root)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydicom import config, dcmread
+from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
 from rich.markup import escape
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from service.report.gate import GateFinding, Severity, check_any
 from service.report.source import MALFORMED
+from service.report.validation_mode import values_as_they_are
 
 _STYLES = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.SOURCE: "yellow", Severity.ALLOWED: "dim"}
 
@@ -68,7 +69,7 @@ def _times(count: int) -> str:
 
 
 def _kind(path: Path) -> str:
-    with config.disable_value_validation():  # warnings would quote values
+    with values_as_they_are():  # warnings would quote values
         try:
             header = dcmread(path, specific_tags=["SOPClassUID"], stop_before_pixels=True)
             uid = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID", "")
