@@ -1,4 +1,4 @@
-"""`./run bench NAME [ARGUMENTS]`: each benchmark is a module here with main(arguments). Without a name they are listed."""
+"""`./run bench NAME [ARGUMENTS]`: each benchmark is a module here with main(arguments). Without a name: the list."""
 
 from __future__ import annotations
 

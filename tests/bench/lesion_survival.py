@@ -1,4 +1,4 @@
-"""`./run bench lesions`: which nodules does the language model still get, by size, method and token budget?
+"""Which nodules does the language model still get, by size, method and token budget? (`./run bench lesions`)
 
 A nodule survives when a token of its own, that nothing was merged into and that was merged into nothing, is kept at a
 place where the input shows at least half of the nodule's native peak contrast. Phantoms only; no patient was measured.
