@@ -35,6 +35,7 @@ from service import (
     history,
     printing,
     results,
+    retention,
     sender,
     stats,
     supervisor,
@@ -143,11 +144,16 @@ def _receive(settings: Settings, stop: Event) -> None:
 
 
 def _ingest(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
+    spool = Spool(spool_folder(settings), 0)
+
     def chained() -> None:
         chain.chain_for_ever(settings.audit, heads_file(settings), sessions, stop)
 
-    with _beside(stop, chained):
-        assembly.ingest_for_ever(settings, sessions, Spool(spool_folder(settings), 0), stop)
+    def removed() -> None:
+        retention.remove_for_ever(settings, sessions, spool, stop)
+
+    with _beside(stop, chained, removed):
+        assembly.ingest_for_ever(settings, sessions, spool, stop)
 
 
 def _dispatch(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
@@ -355,6 +361,30 @@ def cancel(
             raise _fail(str(error)) from error
         count = commands.cancel(session, found, now=datetime.now(UTC), actor=_user())
     typer.echo(f"{count} analyses cancelled")
+
+
+@app.command()
+def forget(
+    study: Annotated[str, typer.Argument(help="Study Instance UID, number in `history`, or accession number.")],
+    config: ConfigOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Erase all that names or describes a study's patient here: images, reports, header. Cannot be undone."""
+    settings = _load(config)
+    sessions = _reading(settings)
+    with sessions() as session:
+        found = _study(session, study)
+    if not yes:
+        typer.confirm(f"Erase study {found.id} ({found.study_uid}) for good? Results at a PACS stay there", abort=True)
+    spool = Spool(spool_folder(settings), 0)
+    try:
+        gone = retention.forget(sessions, spool, settings.data.path, found.id, now=datetime.now(UTC), actor=_user())
+    except retention.CannotForget as error:
+        raise _fail(str(error)) from error
+    typer.echo(
+        f"erased {gone.instances} instances, {gone.results} results, {gone.outputs} outputs, {gone.reports} texts"
+        f"{', the header' if gone.header else ''}; backups and what was sent are not reached from here"
+    )
 
 
 # --- audit ----------------------------------------------------------------------------------------------------------

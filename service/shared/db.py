@@ -377,6 +377,7 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
         "journal_mode=WAL",
         "synchronous=FULL",  # what was committed survives a power cut: Success and the outbox rest on it
         "foreign_keys=ON",
+        "secure_delete=ON",  # what `forget` erases is overwritten, not only unlinked
     ):
         connection.execute(f"PRAGMA {pragma}")
 
