@@ -103,24 +103,51 @@ MODEL_INPUT_SELECTION = _private("MP-010", "Model input selection")
 TOKEN_FRACTION = _private("MP-012", "Fraction of visual tokens kept")
 SLICES_SHOWN = (_private("MP-013", "Slices shown to the model"), _SLICES)
 
-PRUNING_METHOD = _private("MP-020", "Pruning method")
-PRUNING_METHODS: dict[str, Code] = {
-    "medpruner": _private("MP-021", "MedPruner"),
-    "guarded": _private("MP-022", "MedPruner with guards"),
-    "off": _private("MP-023", "No pruning"),
-}
-OTHER_PRUNING_METHOD = _private("MP-029", "Method named in Algorithm Parameters")
-# Settings of both stages that are numbers without a unit, and those that are switches
-PRUNING_NUMBERS: dict[str, Code] = {
-    "gamma": _private("MP-030", "Slice stage threshold gamma"),
-    "tau": _private("MP-031", "Token stage attention mass tau"),
-    "temperature": _private("MP-032", "Token stage temperature"),
-    "contextual_fraction": _private("MP-033", "Token stage contextual fraction"),
+# Settings of both stages: numbers with their unit, switches, and choices with their values
+_MILLIMETRES = Code("mm", "UCUM", "millimeter")
+PRUNING_NUMBERS: dict[str, tuple[Code, Code]] = {
+    "gamma": (_private("MP-030", "Slice stage threshold gamma"), NO_UNITS),
+    "tau": (_private("MP-031", "Token stage attention mass tau"), NO_UNITS),
+    "temperature": (_private("MP-032", "Token stage temperature"), NO_UNITS),
+    "contextual_fraction": (_private("MP-033", "Token stage contextual fraction"), NO_UNITS),
+    "slab_mm": (_private("MP-036", "Slab thickness, at most"), _MILLIMETRES),
+    "gap_cap_mm": (_private("MP-037", "Gap between kept slabs, at most"), _MILLIMETRES),
+    "tile_change": (_private("MP-038", "Slice stage threshold of a tile"), NO_UNITS),
+    "sink_ratio": (_private("MP-039", "Attention sink ratio"), NO_UNITS),
+    "salience_floor": (_private("MP-040", "Local contrast above which tokens are kept"), NO_UNITS),
+    "coverage_lung": (_private("MP-041", "Share of lung tokens kept, at least"), NO_UNITS),
+    "coverage_other": (_private("MP-042", "Share of other regions' tokens kept, at least"), NO_UNITS),
+    "merge_similarity": (_private("MP-043", "Similarity of merged tokens, at least"), NO_UNITS),
+    "token_budget": (_private("MP-044", "Token budget"), NO_UNITS),
 }
 PRUNING_SWITCHES: dict[str, Code] = {
     "slice_stage": _private("MP-034", "Slice stage applied"),
     "token_stage": _private("MP-035", "Token stage applied"),
 }
+PRUNING_CHOICES: dict[str, tuple[Code, dict[str, Code]]] = {
+    "method": (
+        _private("MP-020", "Pruning method"),
+        {
+            "medpruner": _private("MP-021", "MedPruner"),
+            "guarded": _private("MP-022", "MedPruner with guards"),
+            "off": _private("MP-023", "No pruning"),
+        },
+    ),
+    "slab_operation": (
+        _private("MP-045", "Slab operation"),
+        {"mean": _private("MP-046", "Mean of a slab"), "mip": _private("MP-047", "Maximum of a slab")},
+    ),
+    "dropped_slices": (
+        _private("MP-048", "Dropped slices in the prompt"),
+        {
+            "omit": _private("MP-049", "Not mentioned in the prompt"),
+            "name": _private("MP-050", "Named in the prompt"),
+            "refer": _private("MP-051", "Referred to a kept slice in the prompt"),
+        },
+    ),
+}
+# A value that has no code yet; Algorithm Parameters names it
+OTHER_CHOICE = _private("MP-029", "Named in Algorithm Parameters")
 
 # Segments of the segmentation
 SPATIAL_CONCEPT = Code("309825002", "SCT", "Spatial and Relational Concept")

@@ -30,7 +30,14 @@ from service.report.header import (
 from service.report.identity import RunIdentity
 from service.report.pixels import SourceFrame, Wanted
 from service.report.source import SourceStudy
-from service.shared.messages import AnalysisOutput, Retention, RetentionArrays, SourceInstance, SourceState
+from service.shared.messages import (
+    AnalysisOutput,
+    Retention,
+    RetentionArrays,
+    SliceOperation,
+    SourceInstance,
+    SourceState,
+)
 from service.shared.settings import ReportSettings
 
 SERIES_DESCRIPTION = "AI model input, not for diagnosis"
@@ -143,12 +150,14 @@ class _Pictures:
 def caption(retention: Retention, source: SourceInstance, number: int) -> str:
     """What became of slice `number` (from 1, in stack order), in a line."""
     place = f"Slice {number} of {len(retention.sources)}"
-    anchors = "" if source.input_index is None else _numbers(retention.inputs[source.input_index].source_instances)
+    anchor = None if source.input_index is None else retention.inputs[source.input_index]
+    anchors = "" if anchor is None else _numbers(anchor.source_instances)
+    operation = "maximum" if anchor is not None and anchor.operation is SliceOperation.MIP else "mean"
     match source.state:
         case SourceState.SHOWN:
             return f"{place}: given to the model"
         case SourceState.IN_SLAB:
-            return f"{place}: given as part of the mean of {anchors}"
+            return f"{place}: given as part of the {operation} of {anchors}"
         case SourceState.REPRESENTED:
             return f"{place}: NOT GIVEN, represented by {anchors}"
         case SourceState.SAMPLED_OUT:

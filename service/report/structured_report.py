@@ -140,12 +140,15 @@ def _model_input(
         fraction = output.counts.tokens_kept / output.counts.tokens_in
         measured.append(Measurement(codes.TOKEN_FRACTION, round(fraction, 6), codes.NO_UNITS))
     measured += [
-        Measurement(name, output.pruning[key], codes.NO_UNITS)
-        for key, name in codes.PRUNING_NUMBERS.items()
+        Measurement(name, output.pruning[key], unit)
+        for key, (name, unit) in codes.PRUNING_NUMBERS.items()
         if isinstance(output.pruning.get(key), int | float)
     ]
-    method = codes.PRUNING_METHODS.get(str(output.pruning.get("method")), codes.OTHER_PRUNING_METHOD)
-    evaluations = [QualitativeEvaluation(codes.PRUNING_METHOD, method)]
+    evaluations = [
+        QualitativeEvaluation(name, choices.get(str(output.pruning[key]), codes.OTHER_CHOICE))
+        for key, (name, choices) in codes.PRUNING_CHOICES.items()
+        if key in output.pruning
+    ]
     evaluations += [
         QualitativeEvaluation(name, codes.YES if output.pruning[key] else codes.NO)
         for key, name in codes.PRUNING_SWITCHES.items()

@@ -94,10 +94,10 @@ def _shown(output: AnalysisOutput) -> str:
     counts = output.counts
     states = Counter(source.state for source in output.retention.sources)
     rest = [f"{states[state]} {words}" for state, words in _NOT_SHOWN.items() if states[state]]
-    averaged = states[SourceState.IN_SLAB]
+    slabs = states[SourceState.IN_SLAB]
     return (
         f"The model was shown {shown_slices(output)} of {counts.slices_in_series} slices"
-        + (f" ({averaged} of them averaged with neighbours)" if averaged else "")
+        + (f" ({slabs} of them in slabs with neighbours)" if slabs else "")
         + f" and {counts.tokens_kept} of {counts.tokens_in} image tokens."
         + (f" Slices not shown: {', '.join(rest)}." if rest else "")
     )

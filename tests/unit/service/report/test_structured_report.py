@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from highdicom.sr import srread
@@ -22,7 +22,7 @@ from service.report.readable import walk
 from service.report.source import SourceStudy, read_source
 from service.report.structured_report import SOP_CLASSES, build_sr
 from service.shared.messages import AnalysisOutput, Flag, SourceInstance, SourceState
-from service.shared.settings import ReportSettings, SrSopClass
+from service.shared.settings import PruningMethod, PruningSettings, ReportSettings, SrSopClass
 from tests.report_samples import RUN, ct_header, output_for, output_of, write
 
 SETTINGS = ReportSettings()
@@ -180,8 +180,9 @@ def test_counts_and_settings_stand_as_numbers_and_codes(source: SourceStudy) -> 
     assert values(document, codes.COUNTS["tokens_kept"][0]) == ["16"]
     assert values(document, codes.TOKEN_FRACTION) == ["0.25"]
     assert values(document, codes.SLICES_SHOWN[0]) == ["2"]
-    assert values(document, codes.PRUNING_NUMBERS["gamma"]) == ["0.05"]
-    assert values(document, codes.PRUNING_METHOD) == [codes.PRUNING_METHODS["medpruner"].value]
+    assert values(document, codes.PRUNING_NUMBERS["gamma"][0]) == ["0.05"]
+    method, methods = codes.PRUNING_CHOICES["method"]
+    assert values(document, method) == [methods["medpruner"].value]
     assert values(document, codes.PRUNING_SWITCHES["token_stage"]) == [codes.YES.value]
 
 
@@ -197,7 +198,31 @@ def test_every_setting_stands_in_the_algorithm_parameters(source: SourceStudy) -
     assert "prompt=sha256:" in text
     assert "/models/medgemma" not in text
     assert "Read the slices" not in text
-    assert values(document, codes.PRUNING_METHOD) == [codes.OTHER_PRUNING_METHOD.value]
+    assert values(document, codes.PRUNING_CHOICES["method"][0]) == [codes.OTHER_CHOICE.value]
+
+
+def test_every_knob_of_pruning_has_a_code(source: SourceStudy) -> None:
+    """A setting that is new to the configuration must be coded too."""
+    settings = PruningSettings()
+    coded = {*codes.PRUNING_NUMBERS, *codes.PRUNING_SWITCHES, *codes.PRUNING_CHOICES}
+
+    document = build(output_for(source, pruning=settings.model_dump(mode="json")), source)
+
+    assert coded == set(PruningSettings.model_fields)
+    for key, (name, _) in codes.PRUNING_NUMBERS.items():
+        assert [float(value) for value in values(document, name)] == [getattr(settings, key)]
+    for key, (name, choices) in codes.PRUNING_CHOICES.items():
+        assert values(document, name) == [choices[getattr(settings, key)].value]
+
+
+def test_every_choice_of_pruning_has_a_code() -> None:
+    """And no code stands for a choice that nobody can make."""
+    choices = {key: set(values_) for key, (_, values_) in codes.PRUNING_CHOICES.items()}
+
+    assert choices.pop("method") == {method.value for method in PruningMethod}
+    assert choices == {
+        key: set(get_args(PruningSettings.model_fields[key].annotation)) for key in ("slab_operation", "dropped_slices")
+    }
 
 
 def test_series_that_were_not_read_are_named_with_the_reason(source: SourceStudy) -> None:
@@ -225,7 +250,7 @@ def test_slices_that_were_not_shown_are_counted_in_words(source: SourceStudy) ->
     comments = values(build(output, source), codes.COMMENT)
 
     assert comments[0] == (
-        "The model was shown 2 of 4 slices (1 of them averaged with neighbours) and 32 of 64 image tokens. "
+        "The model was shown 2 of 4 slices (1 of them in slabs with neighbours) and 32 of 64 image tokens. "
         "Slices not shown: 1 left out by sampling, 1 unreadable."
     )
 
@@ -338,7 +363,7 @@ def test_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:
         "from service.report.encoding import encode\n"
         "from service.report.source import read_source\n"
         "from service.report.structured_report import build_sr\n"
-        "from service.shared.settings import ReportSettings, SrSopClass\n"
+        "from service.shared.settings import PruningMethod, PruningSettings, ReportSettings, SrSopClass\n"
         "from tests.report_samples import RUN, output_for\n"
         "source = read_source(Path(sys.argv[1]).glob('*.dcm'))\n"
         "sr = build_sr(output_for(source), source, ReportSettings(), SrSopClass.COMPREHENSIVE_3D, run=RUN)\n"
