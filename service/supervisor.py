@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -73,6 +74,7 @@ def _keep(one: Supervised, now: float) -> None:
         if now - one.started_at > SETTLED_S:
             one.wait_s = FIRST_WAIT_S
         log.error("process_ended", process=one.name, status=status, again_in_s=one.wait_s)
+        _kill_group(one.process.pid)  # what it left behind: a worker's child still holds the GPU's memory
         one.process = None
         one.not_before = now + one.wait_s
         one.wait_s = min(LONGEST_WAIT_S, one.wait_s * 2)
@@ -83,19 +85,25 @@ def _keep(one: Supervised, now: float) -> None:
 
 
 def _end(ending: list[Supervised]) -> None:
-    """Ask all at once, wait for all, and kill what outlives the grace."""
-    running = [(one.name, one.process) for one in ending if one.process is not None and one.process.poll() is None]
-    for _, process in running:
+    """Ask all at once, wait for all, and kill what outlives the grace, with all that they have started."""
+    started = [(one.name, one.process) for one in ending if one.process is not None]
+    for _, process in started:
         process.terminate()
     deadline = time.monotonic() + TERM_GRACE_S
-    for name, process in running:
+    for name, process in started:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             log.warning("process_killed", process=name, after_s=TERM_GRACE_S)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        _kill_group(process.pid)
+        process.wait()
         log.info("process_stopped", process=name)
+
+
+def _kill_group(leader: int) -> None:
+    """End what `leader` and its children have started in its session, and `leader` itself where it still runs."""
+    with suppress(ProcessLookupError):  # nobody is left
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _die_with_parent() -> None:

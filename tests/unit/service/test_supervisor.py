@@ -1,4 +1,4 @@
-"""The supervisor's processes, and what becomes of the work they held."""
+"""Every role as a process of its own: started, started again, ended; with real processes, and without waiting."""
 
 from __future__ import annotations
 
@@ -6,103 +6,233 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
 
 import pytest
-from sqlalchemy.orm import Session, sessionmaker
 
-from service.dispatch import hand_back_of_the_dead
-from service.shared.db import Analysis, AnalysisState
+from service import supervisor
 from service.shared.settings import Settings
-from service.supervisor import commands, supervise
-from tests.rows import NOW, add_analysis, add_study, claimed, get, kinds, open_database
+from service.supervisor import FIRST_WAIT_S, LONGEST_WAIT_S, SETTLED_S, Supervised, commands, supervise
+from tests.receiving import wait_until
 
-SLEEPS = [sys.executable, "-c", "import time; time.sleep(60)"]
+PROJECT = Path(__file__).parents[3]
+SLEEP = ["/bin/sleep", "600"]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.fixture
-def sessions(database_url: str) -> Iterator[sessionmaker[Session]]:
-    with open_database(database_url) as opened:
-        yield opened
+def one() -> Iterator[Supervised]:
+    """A process under supervision; ended after the test."""
+    one = Supervised("sleeper", SLEEP)
+    yield one
+    supervisor._end([one])
 
 
-def a_dead_process() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+def kept(one: Supervised, now: float) -> subprocess.Popen[bytes] | None:
+    """One look at it."""
+    supervisor._keep(one, now)
+    return one.process
 
 
-def test_work_of_an_ended_worker_is_handed_back_without_an_attempt(sessions: sessionmaker[Session]) -> None:
-    """A planned stop that outlasts its grace costs the study nothing."""
-    analysis_id = add_analysis(sessions, add_study(sessions))
-    claimed(sessions, analysis_id, worker=f"here/{a_dead_process()}")
-
-    assert hand_back_of_the_dead(sessions, "here", NOW) == 1
-
-    analysis = get(sessions, Analysis, analysis_id)
-    assert (analysis.state, analysis.attempts, analysis.rung_at) == (AnalysisState.QUEUED, 0, None)
-    assert "analysis-retried" in kinds(sessions, analysis_id=analysis_id)
+def ended(one: Supervised) -> None:
+    """It dies, as a crash does."""
+    assert one.process is not None
+    one.process.kill()
+    one.process.wait()
 
 
-@pytest.mark.parametrize("worker", [f"here/{os.getpid()}", "there/1", "here_/999999999"])
-def test_work_of_a_worker_that_may_live_is_left_alone(sessions: sessionmaker[Session], worker: str) -> None:
-    """A running process, or one on another host, keeps what it claimed."""
-    analysis_id = add_analysis(sessions, add_study(sessions))
-    claimed(sessions, analysis_id, worker=worker)
-
-    assert hand_back_of_the_dead(sessions, "here", NOW) == 0
-
-    assert get(sessions, Analysis, analysis_id).state is AnalysisState.RUNNING
+# --- what is run ----------------------------------------------------------------------------------------------------
 
 
-def test_killed_process_is_started_again_and_ended_at_the_stop(tmp_path: Path) -> None:
-    """What dies comes back; after the stop nothing is left running."""
-    pids = tmp_path / "pids"
-    command = [
-        sys.executable,
-        "-c",
-        f"import os, time; print(os.getpid(), file=open({str(pids)!r}, 'a')); time.sleep(60)",
-    ]
+def names(settings: Settings, **how: bool) -> list[str]:
+    return [name for name, _ in commands(settings, None, **({"with_worker": True} | how))]
+
+
+def test_every_role_the_worker_and_the_embedded_queue_are_run(tmp_path: Path) -> None:
+    """In this order they are started and stopped; the queue ends last."""
+    settings = Settings.model_validate({"data": {"path": tmp_path}})
+    external = Settings.model_validate({"data": {"path": tmp_path}, "queue": {"url": "redis://queue/0"}})
+
+    assert names(settings)[:4] == ["receive", "ingest", "dispatch", "deliver"]
+    assert names(settings)[-2:] == ["worker", "redis"]
+    assert "worker" not in names(settings, with_worker=False)
+    assert "redis" not in names(external)
+
+
+def test_every_part_reads_the_same_configuration(tmp_path: Path) -> None:
+    """The file that was given to `serve`."""
+    settings = Settings.model_validate({"data": {"path": tmp_path}, "queue": {"url": "redis://queue/0"}})
+
+    for name, command in commands(settings, Path("/etc/medpruner.toml"), with_worker=True):
+        assert command[0] == sys.executable
+        assert command[-2:] == ["--config", "/etc/medpruner.toml"]
+        assert name in command
+
+
+# --- one process ----------------------------------------------------------------------------------------------------
+
+
+def test_process_is_started_once(one: Supervised) -> None:
+    """A second look finds it running."""
+    process = kept(one, 100.0)
+
+    assert process is not None
+    assert kept(one, 101.0) is process
+
+
+def test_dead_process_is_started_again_after_a_wait_that_doubles(one: Supervised) -> None:
+    """A role that dies at once must not take the machine with it; ten seconds are the longest."""
+    now, waits = 100.0, []
+    for _ in range(8):
+        kept(one, now)
+        ended(one)
+        assert kept(one, now) is None
+        waits.append(one.not_before - now)
+        assert kept(one, one.not_before - 0.001) is None
+        now = one.not_before
+
+    assert waits == [FIRST_WAIT_S * 2**number for number in range(5)] + [LONGEST_WAIT_S] * 3
+
+
+def test_process_that_lived_long_starts_again_soon(one: Supervised) -> None:
+    """The wait is for those that do not come up."""
+    kept(one, 100.0)
+    one.wait_s = LONGEST_WAIT_S
+    ended(one)
+
+    kept(one, 100.0 + SETTLED_S + 1)
+
+    assert one.not_before == 100.0 + SETTLED_S + 1 + FIRST_WAIT_S
+
+
+def with_a_child(one: Supervised, tmp_path: Path, *, trap: str = "") -> int:
+    """Start a shell that starts a process; the process id of the latter."""
+    note = tmp_path / "child"
+    one.command = ["/bin/sh", "-c", f"{trap} sleep 600 & echo $! > {note}.part; mv {note}.part {note}; wait; wait"]
+    kept(one, 100.0)
+    wait_until(note.exists)
+    return int(note.read_text())
+
+
+def test_what_a_dead_process_left_behind_is_ended(one: Supervised, tmp_path: Path) -> None:
+    """A worker's child would hold the GPU's memory beside its successor."""
+    child = with_a_child(one, tmp_path)
+    ended(one)
+    assert is_alive(child)
+
+    kept(one, 101.0)
+
+    wait_until(lambda: not is_alive(child))
+
+
+def test_stopped_process_is_asked_first(one: Supervised, tmp_path: Path) -> None:
+    """SIGTERM lets the receiver finish its associations and the worker its study."""
+    asked = tmp_path / "asked"
+    child = with_a_child(one, tmp_path, trap=f"trap 'touch {asked}; exit' TERM;")
+
+    supervisor._end([one])
+
+    assert asked.exists()
+    wait_until(lambda: not is_alive(child))
+
+
+def test_process_that_ignores_the_request_is_killed_with_its_children(
+    one: Supervised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the grace period."""
+    monkeypatch.setattr(supervisor, "TERM_GRACE_S", 0.2)
+    child = with_a_child(one, tmp_path, trap="trap '' TERM;")
+    assert one.process is not None
+
+    supervisor._end([one])
+
+    assert one.process.returncode == -signal.SIGKILL
+    wait_until(lambda: not is_alive(child))
+
+
+def test_process_that_never_started_needs_no_end() -> None:
+    """`serve` may be stopped while it comes up."""
+    supervisor._end([Supervised("none", SLEEP)])
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+
+
+def test_queue_is_stopped_after_those_that_use_it(tmp_path: Path) -> None:
+    """What finishes its work meanwhile can still acknowledge its message."""
+    note = tmp_path / "order"
+    script = f"trap 'echo {{}} >> {note}; exit' TERM; echo up >> {note}; while :; do sleep 0.05; done"
+    wanted = [(name, ["/bin/sh", "-c", script.format(name)]) for name in ("worker", "redis")]
     stop = Event()
-    thread = Thread(target=supervise, args=([("one", command), ("redis", SLEEPS)], stop))
-    thread.start()
-    first = wait_for_pid(pids, 0)
-    os.kill(first, signal.SIGKILL)
+    loop = Thread(target=supervise, args=(wanted, stop), daemon=True)
+    loop.start()
+    wait_until(lambda: note.exists() and note.read_text().count("up") == 2)
 
-    second = wait_for_pid(pids, 1)
     stop.set()
-    thread.join(30)
+    loop.join(20)
 
-    assert not thread.is_alive()
-    assert second != first
-    assert not Path("/proc", str(second)).exists()
+    assert note.read_text().split() == ["up", "up", "worker", "redis"]
 
 
-def wait_for_pid(path: Path, number: int) -> int:
-    for _ in range(300):
-        lines = path.read_text().split() if path.exists() else []
-        if len(lines) > number:
-            return int(lines[number])
-        time.sleep(0.1)
-    raise AssertionError(f"no process number {number}")
-
-
-def test_embedded_queue_is_run_only_without_a_url(tmp_path: Path) -> None:
-    """A configured Redis is somebody else's to run; the web only where it is enabled; the worker where it is wanted."""
-    embedded = Settings.model_validate({"data": {"path": tmp_path}})
-    foreign = Settings.model_validate(
-        {"data": {"path": tmp_path}, "queue": {"url": "redis://h"}, "web": {"enabled": False}}
-    )
-
-    assert [name for name, _ in commands(embedded, None, with_worker=True)] == [
-        "receive", "ingest", "dispatch", "deliver", "web", "worker", "redis",
-    ]  # fmt: skip
-    assert [name for name, _ in commands(foreign, None, with_worker=False)] == [
-        "receive",
-        "ingest",
-        "dispatch",
-        "deliver",
+def test_killed_process_comes_back_and_all_end_together(tmp_path: Path) -> None:
+    """The loop with two real processes: one is killed, one goes on."""
+    wanted = [
+        (name, ["/bin/sh", "-c", f"echo $$ >> {tmp_path / name}; exec sleep 600"]) for name in ("first", "second")
     ]
+
+    def started(name: str) -> list[int]:
+        path = tmp_path / name
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+    stop = Event()
+    loop = Thread(target=supervise, args=(wanted, stop), daemon=True)
+    loop.start()
+    wait_until(lambda: len(started("first")) == len(started("second")) == 1)
+    os.kill(started("first")[0], signal.SIGKILL)
+    wait_until(lambda: len(started("first")) == 2)
+    assert is_alive(started("second")[0])
+
+    stop.set()
+    loop.join(20)
+
+    assert not loop.is_alive()
+    assert not any(is_alive(pid) for name in ("first", "second") for pid in started(name))
+
+
+def test_command_that_cannot_be_run_ends_everything(tmp_path: Path) -> None:
+    """An installation that is not whole is said at once, and nothing is left running."""
+    note = tmp_path / "pid"
+    wanted = [("good", ["/bin/sh", "-c", f"echo $$ > {note}; exec sleep 600"]), ("bad", ["/nonexistent"])]
+
+    with pytest.raises(FileNotFoundError, match="/nonexistent"):
+        supervise(wanted, Event())
+
+    assert not note.exists() or not is_alive(int(note.read_text() or 0))
+
+
+def test_killed_supervisor_takes_its_processes_with_it(tmp_path: Path) -> None:
+    """The next one finds ports, sockets and locks free."""
+    note = tmp_path / "pid"
+    shell = f"echo $$ > {note}.part; mv {note}.part {note}; exec sleep 600"
+    code = (
+        "from threading import Event; from service.supervisor import supervise; "
+        f"supervise([('one', ['/bin/sh', '-c', {shell!r}])], Event())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stderr=subprocess.DEVNULL)
+    wait_until(note.exists)
+    child = int(note.read_text())
+    assert is_alive(child)
+
+    process.kill()
+    process.wait()
+
+    wait_until(lambda: not is_alive(child))
