@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -434,6 +437,38 @@ def test_older_analyses_are_rung_for_first(sessions: sessionmaker[Session]) -> N
     sweep(sessions, bell, after(6))
 
     assert bell.rung == [early, late]
+
+
+# --- after a planned stop -------------------------------------------------------------------------------------------
+
+
+def a_dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_work_of_an_ended_worker_is_handed_back_without_an_attempt(sessions: sessionmaker[Session]) -> None:
+    """A planned stop that outlasts its grace costs the study nothing."""
+    analysis_id = add_analysis(sessions, add_study(sessions))
+    claimed(sessions, analysis_id, worker=f"here/{a_dead_process()}")
+
+    assert dispatch.hand_back_of_the_dead(sessions, "here", NOW) == 1
+
+    analysis = get(sessions, Analysis, analysis_id)
+    assert (analysis.state, analysis.attempts, analysis.rung_at) == (AnalysisState.QUEUED, 0, None)
+    assert "analysis-retried" in kinds(sessions, analysis_id=analysis_id)
+
+
+@pytest.mark.parametrize("worker", [f"here/{os.getpid()}", "there/1", "here_/999999999"])
+def test_work_of_a_worker_that_may_live_is_left_alone(sessions: sessionmaker[Session], worker: str) -> None:
+    """A running process, or one on another host, keeps what it claimed."""
+    analysis_id = add_analysis(sessions, add_study(sessions))
+    claimed(sessions, analysis_id, worker=worker)
+
+    assert dispatch.hand_back_of_the_dead(sessions, "here", NOW) == 0
+
+    assert get(sessions, Analysis, analysis_id).state is AnalysisState.RUNNING
 
 
 # --- the real queue -------------------------------------------------------------------------------------------------
