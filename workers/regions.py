@@ -23,7 +23,9 @@ FROM_BONE_MM = 6.0  # spongy bone beside its hard shell
 SMALLEST_BODY_SHARE = 0.02  # of all voxels; below this no body was found
 SMALLEST_LUNG_ML = 50.0
 SMALLEST_CONTRAST_ML = 1.0
+ENCLOSING_SHARE = 0.1  # of an outline's area that must be body for the outline to be its skin
 SKIN_MM = 3.0
+_WITHIN_SLICE = np.array([[[0] * 3] * 3, [[0, 1, 0], [1, 1, 1], [0, 1, 0]], [[0] * 3] * 3])
 
 OUTSIDE = 0  # label of the air around the body
 LUNG_NAMES = tuple(f"{side} lung, {zone} zone" for side in ("right", "left") for zone in ("upper", "middle", "lower"))
@@ -91,18 +93,27 @@ def _whole_image(shape: tuple[int, ...], why: str) -> Regions:
 def find_body(dense: Bools, spacing: Spacing) -> Bools:
     """The large connected parts of what is dense, their holes filled slice by slice, with a rim for the skin.
 
-    Thin things (couch, clothes) are opened away where that leaves a body.
+    Thin things (couch, clothes) are opened away, unless they enclose what is left: then they are skin or skull.
     """
-    opened = ndimage.binary_opening(dense, _disc(COUCH_MM / 2, spacing))
+    disc = _disc(COUCH_MM / 2, spacing)
+    opened = ndimage.binary_opening(dense, disc)
     parts, count = ndimage.label(opened)
     if not count:
         return np.asarray(opened, bool)
     sizes = np.bincount(parts.ravel())[1:]
-    large = np.flatnonzero(sizes >= sizes.max() / 10) + 1  # both arms, both legs
-    body = np.isin(parts, large)
-    for index, layer in enumerate(body):
-        body[index] = ndimage.binary_fill_holes(layer)
-    return np.asarray(ndimage.binary_dilation(body, _disc(SKIN_MM, spacing)), bool)
+    core = np.isin(parts, np.flatnonzero(sizes >= sizes.max() / 10) + 1)  # both arms, both legs
+    whole = ndimage.binary_opening(_filled(dense | core), disc)
+    outlines, count = ndimage.label(whole, _WITHIN_SLICE)
+    sizes = np.bincount(outlines.ravel(), minlength=count + 1)
+    inside = np.bincount(outlines.ravel(), weights=core.ravel(), minlength=count + 1)
+    around = inside > ENCLOSING_SHARE * np.maximum(sizes, 1)
+    around[0] = False
+    return np.asarray(ndimage.binary_dilation(_filled(core | around[outlines]), _disc(SKIN_MM, spacing)), bool)
+
+
+def _filled(mask: Bools) -> Bools:
+    """Holes filled slice by slice."""
+    return np.stack([ndimage.binary_fill_holes(layer) for layer in mask])
 
 
 def _background_level(values: NDArray[np.float32]) -> float:
@@ -153,8 +164,7 @@ def _label_lungs(labels: NDArray[np.uint8], values: NDArray[np.float32], body: B
         if not slices.size:
             continue
         closed = _closed(lung, _disc(CLOSED_MM, at))
-        for index, layer in enumerate(closed):  # a mass that the lung surrounds is in it, however large
-            closed[index] = ndimage.binary_fill_holes(layer)
+        closed = _filled(closed)  # a mass that the lung surrounds is in it, however large
         closed &= body & ((labels < _BONE) | lung)
         first, height = slices[0], slices[-1] + 1 - slices[0]
         zone = np.clip((np.arange(len(labels)) - first) * 3 // height, 0, 2)

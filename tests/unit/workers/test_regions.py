@@ -103,6 +103,20 @@ def test_couch_is_no_body() -> None:
     assert named(values)["outside the body"][20, 62, 48]
 
 
+def test_thin_skull_around_a_body_is_body() -> None:
+    """A shell of one pixel is not opened away where it encloses what is body; its inside counts too."""
+    y, x = np.mgrid[-32:32, -48:48] * 4.0
+    radius = np.hypot(x, y)
+    values = np.full((10, *x.shape), -1000.0, np.float32)
+    values[:, (radius < 100) & (radius > 96)] = 800
+    values[:, radius < 50] = 30
+
+    outside = named(values)["outside the body"]
+
+    assert not outside[:, radius < 100].any()
+    assert outside[:, radius > 108].all()
+
+
 @pytest.mark.parametrize("value", [-1000.0, np.nan])
 def test_without_a_body_everything_is_one_region_and_a_note_says_so(value: float) -> None:
     """Nothing may be dropped as air when nothing was recognised."""
