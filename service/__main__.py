@@ -28,6 +28,7 @@ from service import (
     assembly,
     chain,
     commands,
+    conformance,
     delivery,
     dispatch,
     explain,
@@ -43,6 +44,7 @@ from service import (
 from service.broker import NoRedisServer
 from service.demo import run_demo
 from service.receiver import Receiver
+from service.report import validation
 from service.shared import VERSION, audit, schema
 from service.shared.audit import AuditKind
 from service.shared.db import Study, open_engine, open_sessions
@@ -482,6 +484,25 @@ def config_check(config: ConfigOption = None, as_json: JsonOption = False) -> No
         console.print("No [[source]]: every sender is refused; add one, or set [scp] accept_unknown_sources = true.")
     if not settings.destination:
         console.print("No [[destination]]: results are kept and sent nowhere.")
+
+
+@app.command("conformance")
+def conformance_command(config: ConfigOption = None) -> None:
+    """Print the DICOM Conformance Statement, made from the code and this configuration."""
+    typer.echo(conformance.statement(_load(config)), nl=False)
+
+
+@app.command()
+def validate(
+    folder: Annotated[Path, typer.Argument(help="A folder of DICOM objects of any origin, or one file.")],
+    show_allowed: Annotated[bool, typer.Option("--show-allowed", help="Also what is on the allow-list.")] = False,
+) -> None:
+    """Run the gate of our results (dciodvfy, own assertions) over DICOM files; exit 1 where there is an error."""
+    if not folder.exists():
+        raise _fail(f"{folder}: no such file or folder")
+    validated = list(validation.validate_folder(folder))
+    Console().print(validation.table(validated, show_allowed=show_allowed))
+    raise SystemExit(0 if validation.passed(validated) else 1)
 
 
 @app.command()
