@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from enum import StrEnum
 
@@ -59,6 +59,10 @@ class Charset:
             warnings.simplefilter("ignore")  # terms that code extensions do not allow are left out
             encodings = tuple(convert_encodings(list(known) or None))
         return cls(encodings, fallback, announces)
+
+    def within(self, declared: Sequence[str]) -> Charset:
+        """Of an item of a sequence: its own sets where it declares some (PS3.5 7.5.3), else these."""
+        return replace(Charset.of(declared, "ISO_IR 6"), fallback=self.fallback) if any(declared) else self
 
 
 def decoded(content: bytes, vr: str, charset: Charset) -> tuple[str | None, bool]:

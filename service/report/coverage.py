@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +29,16 @@ def cover(
         return np.full(shape, Cover.NOT_SHOWN, np.uint8)
     grid = retention.token_rows, retention.token_columns
     states = arrays.tokens[source.input_index].reshape(grid)
-    row, column, inside = token_of_pixel(arrays.source_pixels_from_token[source.input_index], grid, shape)
+    affine = np.ascontiguousarray(arrays.source_pixels_from_token[source.input_index], np.float64)
+    row, column, inside = _same_for_most_slices(affine.tobytes(), grid, shape)
     return np.where(inside, states[row, column], np.uint8(Cover.OUTSIDE))
+
+
+@lru_cache(maxsize=4)
+def _same_for_most_slices(
+    affine: bytes, grid: tuple[int, int], shape: tuple[int, int]
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.bool_]]:
+    return token_of_pixel(np.frombuffer(affine, np.float64).reshape(2, 3), grid, shape)
 
 
 def token_of_pixel(

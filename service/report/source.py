@@ -289,7 +289,10 @@ def _items(
         repairs[Repair(keyword, Action.DROPPED)] = None
         return None
     needed = {rule.keyword for rule in rules if rule.type == 1}
-    checked = [_checked(item, rules, charset, repairs) for item in items]
+    declared = [_plain(item, "SpecificCharacterSet").split("\\") for item in items]
+    checked = [
+        _checked(item, rules, charset.within(own), repairs) for item, own in zip(items, declared, strict=True)
+    ]
     complete = tuple(item for item in checked if item and needed <= set(item))
     if len(complete) < len(items) and needed:
         repairs[Repair(keyword, Action.DROPPED)] = None

@@ -106,6 +106,20 @@ def test_a_string_under_vr_un_is_read_by_its_dictionary_vr(tmp_path: Path) -> No
     assert (source.attributes["PatientID"], source.repairs) == ("P-77", ())
 
 
+def test_an_item_of_a_sequence_may_have_its_own_character_set(tmp_path: Path) -> None:
+    """PS3.5 7.5.3: an order typed on another system than the name."""
+    request = Dataset()
+    request.SpecificCharacterSet = "GB18030"
+    request.RequestedProcedureDescription = "胸部CT"
+    header = ct_header(SpecificCharacterSet="ISO_IR 100", PatientName="Müller", RequestAttributesSequence=[request])
+
+    source = read_source(write(tmp_path, [header]))
+
+    assert source.attributes["PatientName"] == "Müller"
+    assert source.requests[0]["RequestedProcedureDescription"] == "胸部CT"
+    assert source.repairs == ()
+
+
 def test_undeclared_text_is_read_by_the_configured_default_and_listed(tmp_path: Path) -> None:
     """8-bit bytes under no character set are flagged, not silently guessed."""
     header = ct_header(SpecificCharacterSet=None)
