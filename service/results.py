@@ -16,7 +16,7 @@ import structlog
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, RLELossless
 from sqlalchemy import select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.report import gate
@@ -74,13 +74,15 @@ def build_for_ever(settings: Settings, sessions: sessionmaker[Session], stop: Ev
                     continue
                 try:
                     build(settings, sessions, analysis_id)
-                except DBAPIError:
+                except (OperationalError, InterfaceError):
                     raise
                 except Exception as error:  # noqa: BLE001  # the analysis stays `read` and is tried again
                     log.error("results_fault", analysis_id=analysis_id, error=explain_exception(error))
                     not_before[analysis_id] = now + TRY_AGAIN
-        except DBAPIError as error:
+        except (OperationalError, InterfaceError) as error:
             log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
+        except Exception as error:  # noqa: BLE001  # this loop must live; what went wrong is logged and tried again
+            log.error("results_fault", error=explain_exception(error))
         stop.wait(settings.assembly.sweep_s)
 
 

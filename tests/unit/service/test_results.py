@@ -1,0 +1,278 @@
+"""The report step: every result of an analysis built, gated, stored and named in one transaction; or none of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pydicom
+import pytest
+from pydicom.dataset import FileDataset
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.orm import Session, sessionmaker
+
+from service import results
+from service.report.gate import GateFinding, Severity
+from service.report.source import read_source
+from service.shared import transitions
+from service.shared.db import Analysis, AnalysisState, Delivery, Result, ResultState
+from service.shared.durable import digest
+from service.shared.messages import store_output
+from service.shared.settings import Settings
+from tests.receiving import wait_until
+from tests.report_samples import HEAD, arrays_of, output_for
+from tests.rows import ACTOR, NOW, add_analysis, add_instance, add_study, claimed, get, kinds, open_database
+
+SLICES = 4
+
+
+@pytest.fixture
+def sessions(sqlite_url: str) -> Iterator[sessionmaker[Session]]:
+    with open_database(sqlite_url) as opened:
+        yield opened
+
+
+def destination(name: str, sr_sop_class: str = "comprehensive3d") -> dict[str, Any]:
+    return {"name": name, "ae_title": name.upper(), "host": "h", "port": 104, "sr_sop_class": sr_sop_class}
+
+
+@dataclass
+class Desk:
+    """A data folder with a real study in its spool, and analyses of it that were read."""
+
+    data: Path
+    sessions: sessionmaker[Session]
+    study_id: int
+    settings: Settings
+
+    def read(self, **changes: Any) -> int:
+        """An analysis of the study that its worker has finished."""
+        analysis_id = add_analysis(self.sessions, self.study_id, **changes)
+        source = read_source(sorted((self.data / "spool" / "study").glob("*.dcm")))
+        said = output_for(source, analysis_id=analysis_id)
+        arrays = arrays_of(said.retention.inputs, (4, 4)).to_npz()
+        held = claimed(self.sessions, analysis_id)
+        path, sha256 = store_output(self.data / "outputs" / str(analysis_id), held.fence, said, arrays)
+        with self.sessions.begin() as session:
+            assert transitions.close_read(
+                session,
+                held,
+                said,
+                output_path=str(path.relative_to(self.data)),
+                output_sha256=sha256,
+                now=NOW,
+                actor=ACTOR,
+            )
+        return analysis_id
+
+    def build(self, analysis_id: int) -> None:
+        results.build(self.settings, self.sessions, analysis_id)
+
+    def made(self, analysis_id: int) -> list[Result]:
+        with self.sessions() as session:
+            return list(session.scalars(select(Result).filter_by(analysis_id=analysis_id).order_by(Result.id)))
+
+    def content(self, one: Result) -> bytes:
+        return (self.data / one.path).read_bytes()
+
+    def dataset(self, one: Result) -> FileDataset:
+        return pydicom.dcmread(BytesIO(self.content(one)))
+
+    def sent_to(self, one: Result) -> list[str]:
+        with self.sessions() as session:
+            found = select(Delivery.destination).filter_by(result_id=one.id).order_by(Delivery.id)
+            return list(session.scalars(found))
+
+
+def desk_of(tmp_path: Path, sessions: sessionmaker[Session], **settings: Any) -> Desk:
+    folder = tmp_path / "spool" / "study"
+    folder.mkdir(parents=True)
+    for path in sorted(HEAD.glob("*.dcm"))[:SLICES]:
+        shutil.copy(path, folder)
+    source = read_source(sorted(folder.glob("*.dcm")))
+    study_id = add_study(sessions, source.study_uid)
+    for number, path in enumerate(sorted(folder.glob("*.dcm"))):
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        add_instance(
+            sessions,
+            study_id,
+            number,
+            series_uid=str(header.SeriesInstanceUID),
+            sop_instance_uid=str(header.SOPInstanceUID),
+            path=f"study/{path.name}",
+        )
+    content = {"data": {"path": tmp_path}, "assembly": {"sweep_s": 0.01}} | settings
+    return Desk(tmp_path, sessions, study_id, Settings.model_validate(content))
+
+
+@pytest.fixture
+def desk(tmp_path: Path, sessions: sessionmaker[Session]) -> Desk:
+    return desk_of(tmp_path, sessions, destination=[destination("a"), destination("b")])
+
+
+def test_report_is_stored_named_and_due_for_every_destination(desk: Desk) -> None:
+    """The file has the digest on record, the row the UIDs of the object, the analysis is done."""
+    analysis_id = desk.read()
+
+    desk.build(analysis_id)
+
+    assert get(desk.sessions, Analysis, analysis_id).state is AnalysisState.DONE
+    (one,) = desk.made(analysis_id)
+    assert (one.state, one.kind) == (ResultState.BUILT, "sr-comprehensive3d")
+    assert digest(desk.content(one)) == one.sha256
+    assert len(desk.content(one)) == one.size_bytes
+    dataset = desk.dataset(one)
+    assert (dataset.SOPInstanceUID, dataset.SOPClassUID) == (one.sop_instance_uid, one.sop_class_uid)
+    assert desk.sent_to(one) == ["a", "b"]
+    assert kinds(desk.sessions)[-2:] == ["result-built", "analysis-done"]
+
+
+def test_one_report_is_built_for_each_class_that_destinations_take(
+    tmp_path: Path, sessions: sessionmaker[Session]
+) -> None:
+    """Each goes only where it was asked for, under a UID of its own."""
+    wanted = [destination("a"), destination("b", "enhanced"), destination("c")]
+    desk = desk_of(tmp_path, sessions, destination=wanted)
+    analysis_id = desk.read()
+
+    desk.build(analysis_id)
+
+    one, other = desk.made(analysis_id)
+    assert (desk.sent_to(one), desk.sent_to(other)) == (["a", "c"], ["b"])
+    assert one.sop_instance_uid != other.sop_instance_uid
+    assert one.sop_class_uid != other.sop_class_uid
+
+
+@pytest.mark.parametrize("route", [[], [{"name": "other"}]], ids=["without a destination", "route gone"])
+def test_result_that_has_nowhere_to_go_is_kept(
+    tmp_path: Path, sessions: sessionmaker[Session], route: list[dict[str, Any]]
+) -> None:
+    """Built all the same: nobody should have to read the study again for a line in the configuration."""
+    destinations = [destination("a")] if route else []
+    desk = desk_of(tmp_path, sessions, destination=destinations, route=route)
+    analysis_id = desk.read()
+
+    desk.build(analysis_id)
+
+    (one,) = desk.made(analysis_id)
+    assert desk.sent_to(one) == []
+    assert get(desk.sessions, Analysis, analysis_id).state is AnalysisState.DONE
+
+
+def test_killed_builder_is_followed_by_one_that_builds_the_same_bytes(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the outbox and the database: the second run finds the file as it would write it."""
+    analysis_id = desk.read()
+
+    def killed(*_: object, **__: object) -> bool:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transitions, "finish_analysis", killed)
+        with pytest.raises(SystemExit):
+            desk.build(analysis_id)
+    before = [path.name for path in (desk.data / "outbox").rglob("*.dcm")]
+    assert len(before) == 1
+
+    desk.build(analysis_id)
+
+    assert [path.name for path in (desk.data / "outbox").rglob("*.dcm")] == before
+    assert len(desk.made(analysis_id)) == 1
+
+
+def test_second_build_adds_nothing(desk: Desk) -> None:
+    """Two builders, or one that is told twice."""
+    analysis_id = desk.read()
+
+    desk.build(analysis_id)
+    desk.build(analysis_id)
+
+    assert len(desk.made(analysis_id)) == 1
+
+
+def test_next_report_names_the_one_before_it(desk: Desk) -> None:
+    """A reader of the second sees that there was a first; their UIDs differ."""
+    first = desk.read()
+    desk.build(first)
+    second = desk.read(run_number=2, predecessor_id=first)
+
+    desk.build(second)
+
+    (one,), (other,) = desk.made(first), desk.made(second)
+    assert one.sop_instance_uid != other.sop_instance_uid
+    prior = desk.dataset(other).PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
+    assert prior.ReferencedSOPInstanceUID == one.sop_instance_uid
+
+
+def test_report_that_fails_the_gate_is_quarantined_and_never_sent(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the findings on record; the analysis stays `read`, for a person to look at, and is not built again."""
+    finding = GateFinding(Severity.ERROR, "ours", "attribute missing")
+    monkeypatch.setattr(results.gate, "check", lambda *_, **__: [finding])
+    analysis_id = desk.read()
+
+    desk.build(analysis_id)
+
+    (one,) = desk.made(analysis_id)
+    assert (one.state, one.gate) == (ResultState.QUARANTINED, ["error: ours: attribute missing"])
+    assert desk.sent_to(one) == []
+    assert get(desk.sessions, Analysis, analysis_id).state is AnalysisState.READ
+    assert results.waiting(desk.sessions) == []
+
+
+def test_output_with_changed_bytes_is_not_reported(desk: Desk) -> None:
+    """What the worker said is what its digest says, or nothing is built."""
+    analysis_id = desk.read()
+    path = desk.data / str(get(desk.sessions, Analysis, analysis_id).output_path)
+    path.write_bytes(path.read_bytes().replace(b"lungs are clear", b"lungs are black"))
+
+    with pytest.raises(ValueError, match="does not match its recorded SHA-256"):
+        desk.build(analysis_id)
+
+    assert desk.made(analysis_id) == []
+    assert not (desk.data / "outbox").exists()
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OperationalError("SELECT", {}, Exception("server closed")),
+        IntegrityError("INSERT", {}, Exception("UNIQUE")),
+        RuntimeError("a fault of ours"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_analysis_that_cannot_be_built_holds_up_no_other(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A database that is away is waited for; any other fault of one analysis is nobody else's."""
+    bad, good = desk.read(), desk.read(run_number=2)
+    tried: list[int] = []
+    build = results.build
+
+    def building(settings: Settings, sessions: sessionmaker[Session], analysis_id: int) -> None:
+        tried.append(analysis_id)
+        if analysis_id == bad and (not isinstance(error, OperationalError) or tried.count(bad) < 3):
+            raise error
+        build(settings, sessions, analysis_id)
+
+    monkeypatch.setattr(results, "build", building)
+    stop = Event()
+    loop = Thread(target=results.build_for_ever, args=(desk.settings, desk.sessions, stop), daemon=True)
+    loop.start()
+    wait_until(lambda: get(desk.sessions, Analysis, good).state is AnalysisState.DONE)
+    stop.set()
+    loop.join(20)
+
+    assert not loop.is_alive()
+    expected = AnalysisState.DONE if isinstance(error, OperationalError) else AnalysisState.READ
+    assert get(desk.sessions, Analysis, bad).state is expected
