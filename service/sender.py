@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydicom import dcmread
-from pydicom.errors import InvalidDicomError
 from pynetdicom import AE, build_context
+from pynetdicom.association import Association
 
 HEADER = ("SOPClassUID", "SOPInstanceUID")
 MAX_CONTEXTS = 128
@@ -52,9 +52,11 @@ def send_study(
     if len(pairs) > MAX_CONTEXTS:
         raise CannotSend(f"{folder}: more than {MAX_CONTEXTS} pairs of SOP class and transfer syntax")
     application = AE(ae_title=calling_ae)
-    association = application.associate(
-        host, port, contexts=[build_context(*pair) for pair in pairs], ae_title=called_ae
-    )
+    contexts = [build_context(*pair) for pair in pairs]
+    try:
+        association = application.associate(host, port, contexts=contexts, ae_title=called_ae)
+    except (OSError, UnicodeError) as error:  # from the resolver
+        raise CannotSend(f"{host}: no such host") from error
     if not association.is_established:
         raise CannotSend(
             f"{called_ae} at {host}:{port} does not accept an association from {calling_ae}; "
@@ -62,19 +64,29 @@ def send_study(
         )
     sent = []
     for file, _, _ in files:
-        status = association.send_c_store(file).get("Status") if association.is_established else None
-        sent.append(Sent(file, status))
+        sent.append(Sent(file, _store(association, file)))
         on_sent(sent[-1])
     if association.is_established:
         association.release()
     return sent
 
 
+def _store(association: Association, file: Path) -> int | None:
+    """The status of one C-STORE; None when there was no answer, or no presentation context for this file."""
+    if not association.is_established:
+        return None
+    try:
+        status: int | None = association.send_c_store(file).get("Status")
+    except (RuntimeError, ValueError, OSError):
+        return None
+    return status
+
+
 def _dicom_files(folder: Path) -> Iterator[tuple[Path, str, str]]:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
             header = dcmread(file, specific_tags=list(HEADER), stop_before_pixels=True)
-        except (InvalidDicomError, OSError):
+            found = (file, str(header.SOPClassUID), str(header.file_meta.TransferSyntaxUID))
+        except Exception:  # noqa: BLE001  # not DICOM, or so broken that pydicom raises whatever it meets
             continue
-        if header.get("SOPClassUID") and "TransferSyntaxUID" in header.file_meta:
-            yield file, str(header.SOPClassUID), str(header.file_meta.TransferSyntaxUID)
+        yield found
