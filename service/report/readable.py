@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pydicom.dataset import Dataset
 
@@ -17,12 +17,18 @@ def walk(item: Dataset) -> Iterator[Dataset]:
 
 
 def readable(document: Dataset) -> str:
-    """Title, header, text, then every measurement and code; lines end with LF, nothing is wrapped."""
+    """Title, header, text, then who observed what, then measurements and codes; nothing is wrapped."""
     lines = [_meaning(document).upper() or "STRUCTURED REPORT", ""]
     lines += [f"{name:<14}{value}".rstrip() for name, value in _header(document)]
     children = list(document.get("ContentSequence") or [])
-    for item in sorted(children, key=lambda child: _code(child) in _TITLES):
-        lines += list(_section(item) if item.ValueType == "CONTAINER" else _line(item, 0))
+    for item in children:
+        if item.ValueType == "CONTAINER" and _code(item) not in _TITLES:
+            lines += _section(item)
+    context = [line for item in children if item.ValueType != "CONTAINER" for line in _line(item, 0)]
+    lines += _headed("Context", context) if context else []
+    for item in children:
+        if item.ValueType == "CONTAINER" and _code(item) in _TITLES:
+            lines += _section(item)
     return "\n".join(lines) + "\n"
 
 
@@ -35,13 +41,21 @@ def _header(document: Dataset) -> Iterator[tuple[str, str]]:
     flags = ("VerificationFlag", "PreliminaryFlag", "CompletionFlag")
     yield "Status", ", ".join(str(document.get(flag)) for flag in flags if document.get(flag))
     yield "Instance", str(document.get("SOPInstanceUID", ""))
-    yield "", ""
 
 
 def _section(container: Dataset) -> Iterator[str]:
+    yield from _headed(_meaning(container), _items(container))
+
+
+def _headed(heading: str, lines: Iterable[str]) -> Iterator[str]:
     yield ""
-    yield _meaning(container)
-    yield "-" * len(_meaning(container))
+    yield heading
+    yield "-" * len(heading)
+    yield from lines
+
+
+def _items(container: Dataset) -> Iterator[str]:
+    """The items of a section; texts under the same heading stand together."""
     previous = ""
     for item in container.get("ContentSequence") or []:
         if item.ValueType == "TEXT":

@@ -60,7 +60,7 @@ def comments(output: AnalysisOutput, revision_note: str, instances_not_listed: i
     said += [NOTICES[flag] for flag in NOTICES if flag in output.flags and flag not in _URGENT]
     said += output.notes
     if instances_not_listed:
-        said.append(f"{instances_not_listed} instances of the series are not listed: no readable header.")
+        said.append(f"Not listed, for want of a readable header: {_instances(instances_not_listed)} of the series.")
     if revision_note:
         said.append(revision_note)
     return [text for part in said for text in paragraphs(part)]
@@ -105,11 +105,15 @@ def _shown(output: AnalysisOutput) -> str:
 
 def _series_not_read(output: AnalysisOutput) -> list[str]:
     return [
-        f"Series not read: {candidate.modality or 'unknown modality'}, {candidate.instances} instances: "
+        f"Series not read: {candidate.modality or 'unknown modality'}, {_instances(candidate.instances)}: "
         f"{candidate.reason}"
         for candidate in output.candidates
         if not candidate.chosen
     ]
+
+
+def _instances(count: int) -> str:
+    return "1 instance" if count == 1 else f"{count} instances"
 
 
 def _parameters(output: AnalysisOutput) -> Iterator[tuple[str, object]]:

@@ -146,7 +146,7 @@ def test_an_analysed_instance_without_readable_header_is_said(source: SourceStud
     assert "2.25.9999" not in listed(document)
     assert document.CompletionFlag == "PARTIAL"
     assert values(document, codes.CAUTION) == [codes.INSTANCES_NOT_LISTED.value]
-    assert "1 instances of the series are not listed: no readable header." in values(document, codes.COMMENT)
+    assert "Not listed, for want of a readable header: 1 instance of the series." in values(document, codes.COMMENT)
 
 
 def test_without_any_known_instance_nothing_is_built(source: SourceStudy) -> None:
@@ -229,7 +229,7 @@ def test_series_that_were_not_read_are_named_with_the_reason(source: SourceStudy
     """The reader learns what was left aside."""
     comments = values(build(output_for(source), source), codes.COMMENT)
 
-    assert "Series not read: CT, 1 instances: localizer" in comments
+    assert "Series not read: CT, 1 instance: localizer" in comments
     assert "Series read: the axial series with most slices" in comments
 
 
