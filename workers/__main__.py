@@ -67,6 +67,30 @@ def phantom(
     typer.echo(f"{len(files)} instances in {out}; what is in them: {truth}")
 
 
+@app.command()
+def reproduce(
+    sop_instance_uid: Annotated[str, typer.Argument(help="SOP Instance UID of the SR; `show` prints it.")],
+    config: ConfigOption = None,
+) -> None:
+    """Run the analysis behind a report again and compare; exit 1 where it differs, 2 where it cannot be run."""
+    from service.shared.db import open_engine, open_sessions
+    from service.shared.settings import database_url
+    from workers import reproduce as again
+
+    try:
+        settings = load(config, os.environ)
+        sessions = open_sessions(open_engine(database_url(settings), read_only=True))
+        lines = again.reproduce(settings, sessions, sop_instance_uid)
+    except (ConfigurationError, again.CannotReproduce) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from error
+    for line in lines:
+        typer.echo(f"same     {line.part}" if line.difference is None else f"DIFFERS  {line.part}: {line.difference}")
+    differing = sum(line.difference is not None for line in lines)
+    typer.echo(f"{differing} of {len(lines)} parts differ" if differing else "the same in every part")
+    raise SystemExit(1 if differing else 0)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train the demonstration model on phantoms; --help lists the stages."""

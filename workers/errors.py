@@ -15,6 +15,7 @@ class RefusalCode(StrEnum):
     TOO_LARGE = "too-large"  # more voxels than a worker may hold; checked before anything is decoded
     NO_HOUNSFIELD_UNITS = "no-hounsfield-units"  # CT without a rescale to HU
     NO_CONTENT = "no-content"  # every voxel has the same value
+    INPUT_REMOVED = "input-removed"  # retention removed images of the study before a late one reopened it
     CONTEXT_TOO_LONG = "context-too-long"  # more tokens than the model takes
 
 

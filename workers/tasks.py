@@ -22,7 +22,7 @@ from service.shared.messages import AnalysisOutput, store_output
 from service.shared.settings import QueueSettings, Settings, spool_folder
 from service.shared.transitions import Claim
 from workers import pipeline
-from workers.errors import Refusal
+from workers.errors import Refusal, RefusalCode
 
 if TYPE_CHECKING:
     from workers.app import Child
@@ -51,7 +51,7 @@ def read_study(analysis_id: int, child: Child) -> None:
     ):
         log.info("analysis_started")
         try:
-            request = _request(sessions, claim, settings)
+            request = request_of(sessions, claim.analysis_id, settings)
             output, arrays = pipeline.read(request, child.model_for(request.settings.model))
         except Refusal as refusal:
             _close_refused(child, claim, refusal)
@@ -79,14 +79,14 @@ def _claim(sessions: sessionmaker[Session], analysis_id: int, worker: str, queue
         )
 
 
-def _request(sessions: sessionmaker[Session], claim: Claim, settings: Settings) -> pipeline.Request:
+def request_of(sessions: sessionmaker[Session], analysis_id: int, settings: Settings) -> pipeline.Request:
     """What to read and how: the image instances up to the analysis' revision, the settings of its route.
 
     Of several contents under one SOP Instance UID the one received last is read: a sender that repeats a UID
-    with other bytes has corrected it.
+    with other bytes has corrected it. Raises Refusal when retention removed some: a part of a study is no study.
     """
     with sessions() as session:
-        analysis = session.get_one(Analysis, claim.analysis_id)
+        analysis = session.get_one(Analysis, analysis_id)
         study = session.get_one(Study, analysis.study_id)
         rows = session.execute(
             select(Instance.sop_instance_uid, Instance.path)
@@ -99,6 +99,10 @@ def _request(sessions: sessionmaker[Session], claim: Claim, settings: Settings) 
         ).all()
     spool = spool_folder(settings)
     last = {row.sop_instance_uid: spool / row.path for row in rows}
+    gone = sum(not path.exists() for path in last.values())
+    if gone:
+        reason = f"{gone} of {len(last)} images were removed by age; send the whole study again"
+        raise Refusal(RefusalCode.INPUT_REMOVED, reason)
     return pipeline.Request(
         analysis_id=analysis.id,
         study_uid=study.study_uid,

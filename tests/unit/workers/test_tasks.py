@@ -134,12 +134,31 @@ def test_images_of_the_analysed_revision_are_read(
     add_instance(sessions, study_id, 3, path="before.dcm", received_at=after(3), sop_instance_uid="2.25.3000.9")
     add_instance(sessions, study_id, 4, path="report.dcm", is_image=False)
     add_instance(sessions, study_id, 5, path="late.dcm", revision=2)
+    for name in ("first.dcm", "again.dcm"):
+        (tmp_path / "spool").mkdir(exist_ok=True)
+        (tmp_path / "spool" / name).touch()
 
     run(analysis_id, child(sessions, tmp_path))
 
     (request,) = reader.requests
     assert set(request.paths) == {tmp_path / "spool" / "first.dcm", tmp_path / "spool" / "again.dcm"}
     assert (request.analysis_id, request.study_uid, request.prompt) == (analysis_id, "2.25.1000", "Look.")
+
+
+def test_study_of_which_images_were_removed_is_refused(
+    sessions: sessionmaker[Session], tmp_path: Path, reader: Reader
+) -> None:
+    """A late image of a study whose files retention removed: what is left is not read in the study's place."""
+    study_id = add_study(sessions)
+    analysis_id = add_analysis(sessions, study_id)
+    add_instance(sessions, study_id, 1, path="removed.dcm")
+
+    run(analysis_id, child(sessions, tmp_path))
+
+    analysis = get(sessions, Analysis, analysis_id)
+    assert reader.requests == []
+    assert (analysis.state, analysis.reason_code) == (AnalysisState.REFUSED, "input-removed")
+    assert "1 of 1 images were removed by age" in analysis.reason
 
 
 def test_settings_on_record_count_and_not_those_of_the_file(
