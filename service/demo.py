@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import shutil
 import socket
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -26,9 +28,10 @@ from sqlalchemy.exc import DBAPIError
 from service import history
 from service.report.readable import readable
 from service.sender import CannotSend, dicom_files, send_study
-from service.shared.db import open_engine, open_sessions
+from service.shared.db import Role, open_engine, open_sessions
 from service.shared.durable import write_durably
 from service.shared.settings import Settings, database_url, load
+from service.web import accounts
 
 PROJECT = Path(__file__).resolve().parent.parent
 EXAMPLE = PROJECT / "tests" / "data" / "real-ct" / "body-siemens"
@@ -99,7 +102,8 @@ def run_demo(study: Path | None, *, stay: bool, console: Console, stop: Event) -
                 console.print(f"The log of the service: {FOLDER / 'service.log'}", markup=False, highlight=False)
                 return 1
             if stay:
-                console.print(f"Dashboard: http://127.0.0.1:{settings.web.port}", highlight=False)
+                address = f"http://127.0.0.1:{settings.web.port}"
+                console.print(f"Dashboard: {address}  user demo, password {_make_user(settings)}", highlight=False)
                 console.print(f"Up until Ctrl-C: send studies to {settings.scp.ae_title} at 127.0.0.1:{port}.")
                 stop.wait()
     return 0 if well else 1
@@ -184,6 +188,14 @@ def _send(folder: Path, settings: Settings, service: subprocess.Popen[bytes], co
     console.print(f"   {stored} of {len(sent)} instances acknowledged: each is durable on disk by now", highlight=False)
     if not stored:
         raise DemoFailed("the receiver stored nothing")
+
+
+def _make_user(settings: Settings) -> str:
+    """A user of this demonstration alone; the password is new each time."""
+    password = secrets.token_urlsafe(12)
+    with open_sessions(open_engine(database_url(settings))).begin() as session:
+        accounts.add_user(session, "demo", password, Role.OPERATOR, now=datetime.now(UTC), actor="demo")
+    return password
 
 
 def _listens(port: int) -> bool:

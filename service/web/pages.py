@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from service.report.words import NOTICES
 from service.shared import VERSION
 from service.shared.audit import AuditKind
-from service.shared.db import Analysis, Study
+from service.shared.db import Analysis, AuditEvent, Study
 from service.shared.messages import Flag
 from service.shared.settings import leaves
 from service.web import accounts, images, queries
@@ -196,7 +196,7 @@ def study_page(request: Request, study_id: int, analysis: Annotated[int | None, 
         study=story,
         analysis=chosen,
         candidates=_candidates(web, chosen),
-        events=[event for event in events if event.kind not in ("studies-listed",)],
+        events=_runs(events),
         live=running or pending,
         notices=[NOTICES.get(Flag(flag), flag) for flag in (chosen.flags or [])] if chosen else [],
         funnel=FUNNEL,
@@ -331,6 +331,17 @@ def _candidates(web: Web, chosen: AnalysisOut | None) -> dict[str, Any]:
         except images.NotShowable:
             return {}
     return {one.series_uid: one for one in output.candidates}
+
+
+def _runs(events: list[AuditEvent]) -> list[tuple[AuditEvent, int]]:
+    """Newest first; neighbours of one kind by one actor become the newest of them, with their number."""
+    runs: list[tuple[AuditEvent, int]] = []
+    for event in events:
+        if runs and (runs[-1][0].kind, runs[-1][0].actor) == (event.kind, event.actor):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((event, 1))
+    return runs
 
 
 def _person(name: str) -> str:

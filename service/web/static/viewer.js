@@ -170,7 +170,7 @@ addEventListener("DOMContentLoaded", async () => {
   function tile(input, row, column, code, scale) {
     const [[a, b, c], [d, e, f]] = input.source_pixels_from_token;
     const corner = (x, y) => [a * x + b * y + c, d * x + e * y + f];
-    const inset = 1 / (scale * Math.hypot(a, d));
+    const inset = code === "0" ? 1 / (scale * Math.hypot(a, d)) : 0;
     paint.beginPath();
     for (const [x, y] of [[0, 0], [1, 0], [1, 1], [0, 1]]) {
       paint.lineTo(...corner(column + (x ? 1 - inset : inset), row + (y ? 1 - inset : inset)));

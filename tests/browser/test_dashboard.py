@@ -1,0 +1,178 @@
+"""The dashboard in a real browser: what a person does, from signing in to sending a report again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.shared import transitions
+from service.shared.db import Delivery, Role
+from service.shared.settings import DataSettings, DestinationSettings, Settings, WebSettings, database_url
+from service.web.app import serve_web
+from tests.rows import ACTOR, NOW, event, kinds, open_database
+from tests.servers import free_port
+from tests.web_study import ACCESSION, add_real_study
+from tests.web_visits import PASSWORD, add_user
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+AXE = Path(__file__).parent / "axe" / "axe.min.js"
+DESKTOP, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
+SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a folder to keep pictures in
+
+
+class Served:
+    """A web server on loopback with one real study, and the addresses that a page asked for."""
+
+    def __init__(self, sessions: sessionmaker[Session], port: int) -> None:
+        self.sessions = sessions
+        self.site = f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("web")
+    port = free_port()
+    pacs = DestinationSettings(name="pacs", ae_title="PACS", host="192.0.2.9", port=104)
+    settings = Settings(data=DataSettings(path=folder), destination=(pacs,), web=WebSettings(port=port))
+    with open_database(database_url(settings)) as sessions:
+        add_user(sessions, "olga", Role.OPERATOR)
+        add_real_study(sessions, settings, Path(__file__).parents[1] / "data" / "real-ct" / "head-philips")
+        stop = Event()
+        thread = Thread(target=serve_web, args=(settings, sessions, stop))
+        thread.start()
+        try:
+            yield Served(sessions, port)
+        finally:
+            stop.set()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+def signed_in(browser: Browser, served: Served, viewport: dict[str, int], scheme: str) -> tuple[Page, list[str]]:
+    """A page on `/studies`, and every address outside the site that any page asked for; faults fail the test."""
+    context: Any = browser.new_context(viewport=viewport, color_scheme=scheme, base_url=served.site)
+    page = context.new_page()
+    outside: list[str] = []
+    page.on("request", lambda request: None if request.url.startswith(served.site) else outside.append(request.url))
+    page.on("pageerror", lambda error: outside.append(f"script error: {error}"))
+    page.on("console", lambda said: outside.append(f"console: {said.text}") if said.type == "error" else None)
+    page.goto("/studies")
+    page.get_by_label("Name").fill("olga")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("heading", name="Studies")).to_be_visible()
+    return page, outside
+
+
+def picture(page: Page, name: str) -> None:
+    if SCREENSHOTS:
+        page.evaluate("scrollTo(0, 0)")
+        page.screenshot(path=f"{SCREENSHOTS}/{name}.png", full_page=True)
+
+
+def serious_faults(page: Page) -> list[str]:
+    """What axe-core finds of impact serious or critical."""
+    page.evaluate(AXE.read_text(encoding="utf-8"))  # evaluated by the debugger: the page's own policy stays as it is
+    found = page.evaluate("async () => (await axe.run()).violations")
+    return [
+        f"{one['id']}: {one['nodes'][0]['html'][:160]}" for one in found if one["impact"] in ("serious", "critical")
+    ]
+
+
+@pytest.mark.parametrize(("viewport", "scheme", "name"), [(DESKTOP, "light", "desktop"), (PHONE, "dark", "phone")])
+def test_report_is_found_read_and_sent_again(
+    browser: Browser, served: Served, viewport: dict[str, int], scheme: str, name: str
+) -> None:
+    """By accession number to the study, through its slices, to the report, and a re-send that the audit shows."""
+    page, outside = signed_in(browser, served, viewport, scheme)
+    page.get_by_label("Search").fill(ACCESSION)
+    page.get_by_role("link", name="DOE, JANE").click()
+
+    expect(page.get_by_text("Slice 1 of 28")).to_be_visible()
+    canvas = page.locator("#picture")
+    canvas.focus()
+    page.keyboard.press("ArrowDown")
+    expect(page.get_by_text("Slice 2 of 28")).to_contain_text("Slice 1 stands for it")
+    page.locator("#viewer[data-slice='2']").wait_for()
+    page.keyboard.press("ArrowDown")
+    page.locator("#viewer[data-slice='3']").wait_for()
+    grey = page.evaluate(
+        "() => { const c = document.getElementById('picture');"
+        " const p = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        " return new Set(p.filter((_, i) => i % 4 === 0)).size }"
+    )
+    page.get_by_text("Structured Report as sent").click()
+    expect(page.locator(".sr-text")).to_contain_text("The lungs are clear.")
+    picture(page, f"{name}-study")
+    page.get_by_role("button", name="Re-send to pacs").click()
+    page.get_by_role("button", name="Yes").click()
+
+    expect(page.locator("#toast")).to_contain_text("on its way to pacs again")
+    expect(page.locator(".deliveries .badge")).to_have_text("pending")
+    expect(page.locator(".timeline")).to_contain_text("delivery requeued")
+    assert grey > 50, "the slice is drawn in greys"
+    assert outside == []
+    assert kinds(served.sessions, kind="study-viewed")
+    _deliver_again(served)
+
+
+@pytest.mark.parametrize(("viewport", "scheme", "name"), [(DESKTOP, "dark", "desktop"), (PHONE, "light", "phone")])
+def test_pages_are_accessible_and_fit(
+    browser: Browser, served: Served, viewport: dict[str, int], scheme: str, name: str
+) -> None:
+    """axe-core finds nothing serious, nothing is wider than the screen, and nothing comes from elsewhere."""
+    page, outside = signed_in(browser, served, viewport, scheme)
+    faults = {}
+    for path in ("/", "/studies", "/studies/1", "/charts?days=366", "/events", "/configuration"):
+        page.goto(path)
+        page.wait_for_load_state("networkidle")
+        width = page.evaluate("document.documentElement.scrollWidth")
+        faults[path] = serious_faults(page) + ([f"{width} pixels wide"] if width > viewport["width"] else [])
+        picture(page, f"{name}-{scheme}{path.split('?')[0].replace('/', '-')}")
+
+    assert [fault for fault in faults.items() if fault[1]] == []
+    assert outside == []
+
+
+def test_destination_is_paused_from_the_first_page(browser: Browser, served: Served) -> None:
+    """By keyboard alone: the button, the question, and the new standing."""
+    page, _ = signed_in(browser, served, DESKTOP, "light")
+    page.goto("/")
+    page.get_by_role("button", name="Pause pacs").press("Enter")
+    page.get_by_role("button", name="Yes").press("Enter")
+
+    expect(page.get_by_role("button", name="Resume pacs")).to_be_visible()
+    assert event(served.sessions, "destination-paused").actor == "web/olga"
+
+
+def _deliver_again(served: Served) -> None:
+    """The delivery as it was, for the next test."""
+    with served.sessions.begin() as session:
+        delivery = session.get_one(Delivery, 1)
+        assert transitions.close_delivered(session, delivery, status=0, note=None, now=NOW, actor=ACTOR)
