@@ -118,6 +118,12 @@ class PruningSettings(Section):
     token_budget: float = Field(default=0.3, gt=0)
     dropped_slices: Literal["omit", "name", "refer"] = "omit"
 
+    @model_validator(mode="after")
+    def budget_is_a_share_or_a_number(self) -> PruningSettings:
+        if self.token_budget > 1 and self.token_budget != int(self.token_budget):
+            raise ValueError("token_budget is a share up to 1, or above that a whole number of tokens")
+        return self
+
 
 class SeriesSettings(Section):
     modality: tuple[str, ...] = ("CT", "MR")

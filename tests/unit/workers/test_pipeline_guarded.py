@@ -23,6 +23,7 @@ from workers.demo_model.phantom import Protocol, generate
 from workers.demo_model.random_weights import write
 from workers.pipeline import Request, as_applied, read
 from workers.vlm import VisionLanguageModel, open_model
+from workers.vlm.host import budget_tokens
 
 KEPT = TOKEN_CODES[TokenState.KEPT]
 
@@ -139,3 +140,12 @@ def test_knobs_without_effect_are_not_recorded() -> None:
         "slab_operation": "mean",
     }
     assert "slab_mm" not in as_applied(PruningSettings.model_validate({"method": "medpruner"}))
+
+
+def test_budget_is_a_share_or_a_number() -> None:
+    """1.5 is neither, and is refused where it is written."""
+    assert budget_tokens(PruningSettings(token_budget=0.25), 1000) == 250
+    assert budget_tokens(PruningSettings(token_budget=1.0), 1000) == 1000
+    assert budget_tokens(PruningSettings(token_budget=4096), 1000) == 4096
+    with pytest.raises(ValueError, match="whole number of tokens"):
+        PruningSettings(token_budget=1.5)
