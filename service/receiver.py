@@ -8,17 +8,13 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import IntEnum
-from io import BytesIO
 from threading import Event, Lock, Thread
 
 import structlog
-from pydicom.filereader import read_dataset
-from pydicom.tag import BaseTag
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -29,7 +25,8 @@ from pydicom.uid import (
 from pynetdicom import ALL_TRANSFER_SYNTAXES
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
-from service.acceptor import Acceptor, Peer, Refusal, StoreRequest
+from service.acceptor import Acceptor, Interrupted, Limits, Peer, Refusal, StoreRequest
+from service.instance_header import PREFIX_BYTES, Header, Unreadable, read_header, walk_header
 from service.shared.log import explain_exception
 from service.shared.settings import ScpSettings, SourceSettings
 from service.spool import (
@@ -37,13 +34,13 @@ from service.spool import (
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION_NAME,
     Arrival,
+    Draft,
     NoSpace,
     OpenAssociation,
     Spool,
     key,
 )
 
-MAX_INFLATED_BYTES = 64 << 20  # of a deflated data set, to find its UIDs; more is a bomb
 HEARTBEAT_S = HEARTBEAT_STALE_S / 3
 
 # Their pixel data lies on another server or in another stream: what is stored would not be the instance.
@@ -52,14 +49,6 @@ TRANSFER_SYNTAXES = frozenset(uid for uid in ALL_TRANSFER_SYNTAXES if not _NOT_I
 
 # Components with leading zeros occur in the field and do no harm; anything else that is no UID is refused.
 _UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
-_HEADER_TAGS = {
-    "sop_class_uid": 0x00080016,
-    "sop_instance_uid": 0x00080018,
-    "modality": 0x00080060,
-    "study_uid": 0x0020000D,
-    "series_uid": 0x0020000E,
-}
-_MODALITY = re.compile(r"[A-Z0-9_ ]{0,16}")  # CS
 
 log = structlog.get_logger(__name__)
 
@@ -72,21 +61,6 @@ class Status(IntEnum):
     DOES_NOT_MATCH = 0xA900  # the data set is not what the command announced
     CANNOT_UNDERSTAND = 0xC000  # a UID is missing or malformed
     UNREADABLE = 0xC210  # nothing in it can be read as a data set
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What identifies an instance, as its data set says; "" where it says nothing."""
-
-    sop_class_uid: str
-    sop_instance_uid: str
-    study_uid: str
-    series_uid: str
-    modality: str
-
-
-class Unreadable(Exception):
-    """Nothing in it can be read as a data set of this transfer syntax."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,48 +84,6 @@ def judge(affected_sop_class_uid: str | None, affected_sop_instance_uid: str | N
     if affected_sop_instance_uid.strip(" \0") != header.sop_instance_uid:
         return Verdict(Status.DOES_NOT_MATCH, "Affected SOP Instance UID and data set differ")
     return Verdict(Status.SUCCESS)
-
-
-def read_header(data_set: BytesIO, transfer_syntax_uid: str) -> Header:
-    """The identifying attributes, as text without padding; pixel data is neither read nor decoded.
-
-    Unreadable when none of them is found. Tolerant otherwise: `judge` decides on what is there.
-    """
-    stream = _inflated(data_set) if transfer_syntax_uid == DeflatedExplicitVRLittleEndian else data_set
-    stream.seek(0)
-    try:
-        elements = read_dataset(
-            stream,
-            is_implicit_VR=transfer_syntax_uid == ImplicitVRLittleEndian,
-            is_little_endian=transfer_syntax_uid != ExplicitVRBigEndian,
-            stop_when=_is_past_the_header,
-            specific_tags=list(_HEADER_TAGS.values()),
-        )
-        # raw, so that pydicom neither checks nor quotes a value
-        found = {name: elements.get_item(tag) for name, tag in _HEADER_TAGS.items()}
-    except Exception as error:  # noqa: BLE001  pydicom raises whatever the bytes lead it to
-        raise Unreadable(explain_exception(error)) from None
-    values = {name: _text(getattr(element, "value", None)) for name, element in found.items()}
-    if not any(values.values()):
-        raise Unreadable("no identifying attribute")
-    if not _MODALITY.fullmatch(values["modality"]):
-        values["modality"] = ""
-    return Header(**values)
-
-
-def _is_past_the_header(tag: BaseTag, _vr: str | None, _length: int) -> bool:
-    return bool(tag > _HEADER_TAGS["series_uid"])
-
-
-def _text(value: object) -> str:
-    return value.decode("latin-1").strip(" \0") if isinstance(value, bytes) else ""
-
-
-def _inflated(data_set: BytesIO) -> BytesIO:
-    try:
-        return BytesIO(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data_set.getbuffer(), MAX_INFLATED_BYTES))
-    except zlib.error:
-        raise Unreadable("not deflated") from None
 
 
 def is_storage(abstract_syntax: UID) -> bool:
@@ -214,12 +146,15 @@ def deny(
     return None
 
 
-def deny_crowd(scp: ScpSettings, open_associations: int) -> Denial | None:
+def deny_crowd(scp: ScpSettings, open_associations: int, of_this_address: int = 0) -> Denial | None:
     """Why no further association is accepted right now; the sender may try again."""
-    if open_associations < scp.max_associations:
-        return None
-    remedy = f"[scp] max_associations above {scp.max_associations}"
-    return Denial(Refusal(2, 3, 2), "as many associations as allowed are open", remedy)
+    if open_associations >= scp.max_associations:
+        remedy = f"[scp] max_associations above {scp.max_associations}"
+        return Denial(Refusal(2, 3, 2), "as many associations as allowed are open", remedy)
+    if of_this_address >= scp.max_associations_per_address:
+        remedy = f"[scp] max_associations_per_address above {scp.max_associations_per_address}"
+        return Denial(Refusal(2, 3, 2), "as many associations as allowed are open from this address", remedy)
+    return None
 
 
 def _is_from(address: str, host: str | None, addresses_of: Callable[[str], frozenset[str]]) -> bool:
@@ -247,10 +182,37 @@ def resolve(host: str) -> frozenset[str]:
         return frozenset()
 
 
+def _limits(scp: ScpSettings) -> Limits:
+    return Limits(
+        idle_timeout_s=scp.idle_timeout_s,
+        pdu_timeout_s=scp.pdu_timeout_s or scp.idle_timeout_s,
+        max_associate_bytes=scp.max_associate_bytes,
+        max_pdu_bytes=scp.max_pdu_bytes,
+        max_command_bytes=scp.max_command_bytes,
+        max_data_set_bytes=int(scp.max_data_set_gb * 1e9),
+        max_unassociated=scp.max_unassociated,
+    )
+
+
+def _take(request: StoreRequest, draft: Draft) -> Header:
+    """Write the data set as it comes, and say what it is."""
+    prefix = b""
+    for fragment in request.data_set:
+        if len(prefix) < PREFIX_BYTES:
+            prefix += fragment[: PREFIX_BYTES - len(prefix)]
+        draft.write(fragment)
+    header = walk_header(prefix, request.transfer_syntax_uid)
+    if header is None:
+        with draft.open_data_set() as written:
+            header = read_header(written, request.transfer_syntax_uid)
+    return header
+
+
 @dataclass(slots=True)
 class _Tally:
     """What an open association has brought so far. Touched by its own thread, read by the heartbeat's."""
 
+    address: str
     stored: int = 0
     refused: int = 0
     size_bytes: int = 0
@@ -286,9 +248,7 @@ class Receiver:
             self._acceptor = Acceptor(
                 host=self._scp.host,
                 port=self._scp.port,
-                ae_title=self._scp.ae_title,
-                max_pdu_bytes=self._scp.max_pdu_bytes,
-                idle_timeout_s=self._scp.idle_timeout_s,
+                limits=_limits(self._scp),
                 implementation=(IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME),
                 service=self,
             )
@@ -330,9 +290,10 @@ class Receiver:
     def admit(self, peer: Peer) -> Refusal | None:
         denial = deny(peer, self._scp, self._sources, resolve)
         with self._lock:
-            denial = denial or deny_crowd(self._scp, len(self._open))
+            neighbours = sum(tally.address == peer.address for tally in self._open.values())
+            denial = denial or deny_crowd(self._scp, len(self._open), neighbours)
             if denial is None:
-                self._open[peer.association_id] = _Tally()
+                self._open[peer.association_id] = _Tally(peer.address)
         names = {"calling_ae": peer.calling_ae, "called_ae": peer.called_ae, "address": peer.address}
         if denial is not None:
             log.warning("association_refused", **names, reason=denial.reason, remedy=denial.remedy)
@@ -355,6 +316,8 @@ class Receiver:
         tally = self._open[peer.association_id]
         try:
             verdict = self._store(peer, request, tally)
+        except Interrupted:
+            raise
         except Unreadable as error:
             verdict = Verdict(Status.UNREADABLE, f"cannot be read: {error}")
         except NoSpace:
@@ -393,16 +356,25 @@ class Receiver:
     # --- inside ---
 
     def _store(self, peer: Peer, request: StoreRequest, tally: _Tally) -> Verdict:
-        header = read_header(request.data_set, request.transfer_syntax_uid)
-        verdict = judge(request.affected_sop_class_uid, request.affected_sop_instance_uid, header)
-        if verdict.status is not Status.SUCCESS:
-            return verdict
-        study_key = key(header.study_uid)
-        if study_key not in tally.study_keys:
-            self._beat(peer, (*tally.study_keys, study_key))
-            tally.study_keys.append(study_key)
-        with request.data_set.getbuffer() as data_set:
-            receipt = self._spool.store(
+        announced = request.affected_sop_class_uid or "", request.affected_sop_instance_uid or ""
+        if not all(_UID.fullmatch(uid) for uid in announced):
+            return Verdict(Status.CANNOT_UNDERSTAND, "an affected UID of the command is missing or is not a UID")
+        draft = self._spool.begin(
+            sop_class_uid=announced[0],
+            sop_instance_uid=announced[1],
+            transfer_syntax_uid=request.transfer_syntax_uid,
+        )
+        try:
+            header = _take(request, draft)
+            verdict = judge(*announced, header)
+            if verdict.status is not Status.SUCCESS:
+                return verdict
+            study_key = key(header.study_uid)
+            if study_key not in tally.study_keys:
+                self._beat(peer, (*tally.study_keys, study_key))
+                tally.study_keys.append(study_key)
+            receipt = self._spool.keep(
+                draft,
                 Arrival(
                     study_uid=header.study_uid,
                     series_uid=header.series_uid,
@@ -415,9 +387,10 @@ class Receiver:
                     peer_address=peer.address,
                     association_id=peer.association_id,
                 ),
-                data_set,
                 datetime.now(UTC),
             )
+        finally:
+            draft.discard()
         tally.stored += 1
         tally.size_bytes += receipt.size_bytes
         log.debug(

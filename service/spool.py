@@ -19,13 +19,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
-from typing import Any, ClassVar, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 from pydantic import AwareDatetime, ConfigDict, TypeAdapter, ValidationError
 
@@ -37,6 +37,7 @@ ORPHAN_AGE_S = 3600.0
 IMPLEMENTATION_CLASS_UID = "2.25.189379385699083891714922590556693550384"  # drawn once, PS3.7 D.3.3.2
 IMPLEMENTATION_VERSION_NAME = "MEDPRUNER_0_1"  # at most 16 characters
 KEY_LENGTH = 24  # hexadecimal digits, 96 bits
+CHECK_SPACE_EVERY_BYTES = 64 << 20  # of an instance that is arriving
 REMEMBERED = 200_000  # instances acknowledged since the start, about 20 MB
 
 T = TypeVar("T")
@@ -195,33 +196,39 @@ class Spool:
         self._acknowledged = waiting
         return Recovered(len(unfinished), len(orphans), len(orphans) if complete else 0)
 
-    def store(self, arrival: Arrival, data_set: bytes | memoryview, received_at: datetime) -> Receipt:
+    def begin(self, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> Draft:
+        """A file for an instance that is arriving; NoSpace below the floor, OSError for a fault of the disk."""
+        self._check_space()
+        path = self._tmp / f"{os.getpid()}-{next(self._counter)}.dcm"
+        return Draft(path, file_header(sop_class_uid, sop_instance_uid, transfer_syntax_uid), self._check_space)
+
+    def keep(self, draft: Draft, arrival: Arrival, received_at: datetime) -> Receipt:
         """Make the instance and its receipt durable; only after return may it be acknowledged.
 
-        The file is a Part 10 header followed by `data_set` exactly as it came. NoSpace, or OSError for any
+        The file is a Part 10 header followed by the data set exactly as it came. NoSpace, or OSError for any
         other fault of the disk: then nothing may be acknowledged and the sender will try again.
         """
         name = self._next_name(received_at)
         try:
-            self._check_space(len(data_set))
-            digest = sha256(data_set).hexdigest()
+            self._check_space()
+            digest = draft.digest()
             study_key = key(arrival.study_uid)
             stem = f"{study_key}/{key(arrival.sop_instance_uid)}-{digest[:KEY_LENGTH]}"
             path = self._studies / f"{stem}.dcm"
-            header = file_header(arrival)
             duplicate = False
-            if _size(path) == len(header) + len(data_set):
+            if _size(path) == draft.file_bytes:
+                draft.discard()
                 duplicate = stem in self._acknowledged or path.with_suffix(".json").exists()
                 # the one that wrote it may not have come as far as its own sync
                 self._ensure_study(study_key)
                 sync_folder(path.parent)
             else:
-                self._write(study_key, path, header, data_set)
+                self._place(draft, study_key, path)
             receipt = Receipt(
                 **asdict(arrival),
                 received_at=received_at,
                 sha256=digest,
-                size_bytes=len(data_set),
+                size_bytes=draft.size_bytes,
                 path=f"studies/{stem}.dcm",
                 duplicate=duplicate,
             )
@@ -232,8 +239,23 @@ class Spool:
             if error.errno in _NO_SPACE:
                 raise NoSpace(f"{self.path}: no space left on the device") from error
             raise
+        finally:
+            draft.discard()
         self._remember(stem)
         return receipt
+
+    def store(self, arrival: Arrival, data_set: bytes | memoryview, received_at: datetime) -> Receipt:
+        """`begin`, write and `keep` a data set that is there as a whole."""
+        draft = self.begin(
+            sop_class_uid=arrival.sop_class_uid,
+            sop_instance_uid=arrival.sop_instance_uid,
+            transfer_syntax_uid=arrival.transfer_syntax_uid,
+        )
+        try:
+            draft.write(data_set)
+            return self.keep(draft, arrival, received_at)
+        finally:
+            draft.discard()
 
     def beat(self, association: OpenAssociation) -> None:
         """Write the heartbeat: at the association's first instance of each study, before it is stored."""
@@ -333,23 +355,18 @@ class Spool:
 
     # --- inside ---
 
-    def _check_space(self, size_bytes: int) -> None:
-        if self.free_bytes() - size_bytes < self._min_free_bytes:
+    def _check_space(self) -> None:
+        if self.free_bytes() < self._min_free_bytes:
             raise NoSpace(f"{self.path}: less than [spool] min_free_gb left; free space or lower the floor")
 
-    def _write(self, study_key: str, path: Path, header: bytes, data_set: bytes | memoryview) -> None:
-        temporary = self._tmp / f"{os.getpid()}-{next(self._counter)}.dcm"
+    def _place(self, draft: Draft, study_key: str, path: Path) -> None:
+        draft.sync()
+        self._ensure_study(study_key)
         try:
-            _create(temporary, header, data_set, durable=True)
+            draft.path.rename(path)
+        except FileNotFoundError:  # retention removed the empty folder in between
             self._ensure_study(study_key)
-            try:
-                temporary.rename(path)
-            except FileNotFoundError:  # retention removed the empty folder in between
-                self._ensure_study(study_key)
-                temporary.rename(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            draft.path.rename(path)
         sync_folder(path.parent)
 
     def _ensure_study(self, study_key: str) -> None:
@@ -408,14 +425,80 @@ class Spool:
         ]
 
 
-def file_header(arrival: Arrival) -> bytes:
+class Draft:
+    """An instance while it arrives: a Part 10 file under tmp/, and the digest of its data set so far.
+
+    After `discard` nothing is left of it, unless it was kept. Used by one thread.
+    """
+
+    def __init__(self, path: Path, header: bytes, check_space: Callable[[], None]) -> None:
+        self.path = path
+        self.size_bytes = 0  # of the data set
+        self._header = header
+        self._unwritten = header  # goes with the first fragment, in one write
+        self._check_space = check_space
+        self._checked_bytes = 0
+        self._digest = sha256()
+        self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+
+    @property
+    def file_bytes(self) -> int:
+        return len(self._header) + self.size_bytes
+
+    def write(self, fragment: bytes | memoryview) -> None:
+        """Append to the data set; NoSpace or OSError when it does not fit."""
+        self.size_bytes += len(fragment)
+        try:
+            self._append(b"".join((self._unwritten, fragment)) if self._unwritten else fragment)
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                raise NoSpace(f"{self.path.parent}: no space left on the device") from error
+            raise
+        self._unwritten = b""
+        self._digest.update(fragment)
+        if self.size_bytes - self._checked_bytes > CHECK_SPACE_EVERY_BYTES:
+            self._check_space()
+            self._checked_bytes = self.size_bytes
+
+    def digest(self) -> str:
+        """SHA-256 of the data set so far, in hexadecimal."""
+        return self._digest.hexdigest()
+
+    def open_data_set(self) -> BinaryIO:
+        """What was written, to be read again from the beginning of the data set on; the caller closes it."""
+        stream = self.path.open("rb")
+        stream.seek(len(self._header))
+        return stream
+
+    def sync(self) -> None:
+        os.fsync(self._open())
+
+    def discard(self) -> None:
+        """Remove it, if it still lies under tmp/. Safe to repeat."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+            self.path.unlink(missing_ok=True)
+
+    def _append(self, content: bytes | memoryview) -> None:
+        remaining = memoryview(content)
+        while remaining:
+            remaining = remaining[os.write(self._open(), remaining) :]
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            raise RuntimeError("the draft was discarded")
+        return self._descriptor
+
+
+def file_header(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> bytes:
     """Preamble, prefix and file meta information for a data set that is to be kept as it is (PS3.10 7.1)."""
     elements = b"".join(
         (
             struct.pack("<HH2sHL", 0x0002, 0x0001, b"OB", 0, 2) + b"\x00\x01",
-            _element(0x0002, b"UI", arrival.sop_class_uid, b"\x00"),
-            _element(0x0003, b"UI", arrival.sop_instance_uid, b"\x00"),
-            _element(0x0010, b"UI", arrival.transfer_syntax_uid, b"\x00"),
+            _element(0x0002, b"UI", sop_class_uid, b"\x00"),
+            _element(0x0003, b"UI", sop_instance_uid, b"\x00"),
+            _element(0x0010, b"UI", transfer_syntax_uid, b"\x00"),
             _element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID, b"\x00"),
             _element(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME, b" "),
         )
@@ -459,15 +542,7 @@ def _modified(path: Path) -> float:
         return math.inf
 
 
-def _create(path: Path, *parts: bytes | memoryview, durable: bool = False) -> None:
-    """A new file of these parts, for its owner alone; synced when `durable`, its folder never."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        for part in parts:
-            remaining = memoryview(part)
-            while remaining:
-                remaining = remaining[os.write(descriptor, remaining) :]
-        if durable:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _create(path: Path, content: bytes) -> None:
+    """A new file for its owner alone, not synced."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
+        stream.write(content)

@@ -37,9 +37,15 @@ class ScpSettings(Section):
     ae_title: AETitle = "MEDPRUNER"
     host: str = "127.0.0.1"
     port: int = Field(default=11112, ge=0, le=65535)
+    max_associate_bytes: int = Field(default=1048576, ge=4096, le=1 << 24)
     max_pdu_bytes: int = Field(default=131072, ge=4096, le=1048576)
+    max_command_bytes: int = Field(default=65536, ge=512, le=1 << 20)
+    max_data_set_gb: float = Field(default=4, gt=0)
+    max_unassociated: int = Field(default=128, ge=1)
     max_associations: int = Field(default=64, ge=1)
+    max_associations_per_address: int = Field(default=32, ge=1)
     idle_timeout_s: float = Field(default=30, gt=0)
+    pdu_timeout_s: float | None = Field(default=None, gt=0)
     accept_unknown_sources: bool = False
 
 

@@ -161,7 +161,7 @@ def part_10(data_set: bytes, sop_class_uid: str, sop_instance_uid: str) -> bytes
         peer_address="",
         association_id="",
     )
-    return file_header(arrival) + data_set
+    return file_header(arrival.sop_class_uid, arrival.sop_instance_uid, arrival.transfer_syntax_uid) + data_set
 
 
 def peculiar(number: int = 0) -> bytes:

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import zlib
@@ -308,6 +309,20 @@ def test_one_association_too_many_is_refused_for_now_only(tmp_path: Path) -> Non
         attempts[-1].release()
 
 
+def test_one_association_too_many_from_one_address_is_refused(tmp_path: Path) -> None:
+    """One sender cannot take all the room; the log names the key."""
+    with running(tmp_path / "spool", max_associations_per_address=1) as receiver, capture_logs() as lines:
+        first, second = associate(receiver.port), associate(receiver.port)
+        answer = second.acceptor.primitive
+        first.release()
+
+        assert answer is not None
+        assert (answer.result, answer.result_source, answer.diagnostic) == (2, 3, 2)
+        wait_until(lambda: associate(receiver.port).is_established)
+    (line, *_) = [line for line in lines if line["event"] == "association_refused"]
+    assert "max_associations_per_address" in line["remedy"]
+
+
 def test_open_association_is_seen_by_its_studies_until_it_closes(receiver: Running) -> None:
     """Ingest can tell that a study is still being sent."""
     association = associate(receiver.port)
@@ -339,13 +354,21 @@ def test_stopping_receiver_lets_an_open_association_finish(tmp_path: Path) -> No
         send_instance(association, instance(1))
         stopping = Thread(target=receiver.receiver.stop, args=(30,))
         stopping.start()
-        wait_until(lambda: not associate(receiver.port).is_established)
+        wait_until(lambda: not takes_connections(receiver.port))
         status = send_instance(association, instance(2))
         association.release()
         stopping.join()
 
     assert status == 0x0000
     assert len(receipts(receiver.spool)) == 2
+
+
+def takes_connections(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def test_stopping_receiver_aborts_what_does_not_finish(tmp_path: Path) -> None:

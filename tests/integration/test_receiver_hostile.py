@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from structlog.testing import capture_logs
 
-from service import acceptor as acceptor_module
-from service.acceptor import Acceptor, Peer, Refusal, StoreRequest
+from service.acceptor import Acceptor, Limits, Peer, Refusal, StoreRequest
 from service.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from tests.receiving import (
     STUDY_UID,
@@ -171,10 +170,9 @@ def test_silent_connections_take_no_room_from_senders(receiver: Running) -> None
         assert stores(receiver.port)
 
 
-def test_oldest_silent_connection_makes_room_for_the_next(receiver: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oldest_silent_connection_makes_room_for_the_next(tmp_path: Path) -> None:
     """Their number is bounded, long before any timeout."""
-    monkeypatch.setattr(acceptor_module, "MAX_UNASSOCIATED", 3)
-    with ExitStack() as stack:
+    with running(tmp_path / "spool", max_unassociated=3) as receiver, ExitStack() as stack:
         silent = [stack.enter_context(connect(receiver.port)) for _ in range(5)]
 
         assert is_dropped(silent[0])
@@ -240,17 +238,18 @@ def test_p_data_of_just_the_maximum_is_taken(tmp_path: Path) -> None:
         assert data_set_bytes(receiver.spool.path / receipt.path) == data_set
 
 
-def test_data_set_that_never_ends_is_cut_off(receiver: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_set_that_never_ends_is_cut_off(tmp_path: Path) -> None:
     """A message is bounded while it grows; the association ends and nothing is kept."""
-    monkeypatch.setattr(acceptor_module, "MAX_DATA_SET_BYTES", 1 << 20)
-    with connect_and_associate(receiver.port) as connection:
-        connection.sendall(p_data(store_command(), command=True, last=True))
-        for _ in range(11):
-            connection.sendall(p_data(bytes(100_000), command=False, last=False))
+    with running(tmp_path / "spool", max_data_set_gb=0.001) as receiver:
+        with connect_and_associate(receiver.port) as connection:
+            connection.sendall(p_data(store_command(), command=True, last=True))
+            for _ in range(11):
+                connection.sendall(p_data(bytes(100_000), command=False, last=False))
 
-        assert is_dropped(connection)
-    assert receipts(receiver.spool) == []
-    assert stores(receiver.port)
+            assert is_dropped(connection)
+        assert receipts(receiver.spool) == []
+        assert list((receiver.spool.path / "tmp").iterdir()) == []
+        assert stores(receiver.port)
 
 
 def test_command_set_that_never_ends_is_cut_off(receiver: Running) -> None:
@@ -419,9 +418,15 @@ def listen(service: Any, idle_timeout_s: float = 20) -> Acceptor:
     listening = Acceptor(
         host="127.0.0.1",
         port=0,
-        ae_title="MEDPRUNER",
-        max_pdu_bytes=131072,
-        idle_timeout_s=idle_timeout_s,
+        limits=Limits(
+            idle_timeout_s=idle_timeout_s,
+            pdu_timeout_s=idle_timeout_s,
+            max_associate_bytes=1 << 20,
+            max_pdu_bytes=131072,
+            max_command_bytes=1 << 16,
+            max_data_set_bytes=1 << 30,
+            max_unassociated=128,
+        ),
         implementation=(IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME),
         service=service,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tracemalloc
 import zlib
 from datetime import UTC, datetime
@@ -29,19 +30,17 @@ from pydicom.uid import (
 )
 from pynetdicom import AllStoragePresentationContexts
 
-from service import receiver
+from service import instance_header
 from service.acceptor import Peer, Refusal
+from service.instance_header import Header, Unreadable, read_header, walk_header
 from service.receiver import (
     TRANSFER_SYNTAXES,
-    Header,
     Status,
-    Unreadable,
     acceptable,
     deny,
     deny_crowd,
     is_storage,
     judge,
-    read_header,
 )
 from service.shared.settings import ScpSettings, SourceSettings
 from tests.receiving import STUDY_UID, encode, instance
@@ -101,6 +100,36 @@ def test_header_is_read_in_every_encoding(syntax: UID) -> None:
     assert read_header(BytesIO(encode(instance(), syntax)), syntax) == HEADER
 
 
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian])
+def test_plain_header_is_found_in_the_first_bytes(syntax: UID) -> None:
+    """Most headers need neither pydicom nor the whole data set."""
+    assert walk_header(encode(instance(), syntax)[:500], syntax) == HEADER
+
+
+@given(content=st.binary(max_size=100), place=st.integers(0, 300), end=st.integers(0, 700))
+def test_walk_over_the_first_bytes_never_contradicts_the_reading(content: bytes, place: int, end: int) -> None:
+    """Whatever stands there, the walk gives what pydicom gives, or leaves it to pydicom."""
+    honest = encode(instance())
+    changed = honest[:place] + content + honest[place + len(content) :]
+    for syntax in (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian):
+        walked = walk_header(changed[:end], syntax)
+
+        assert walked is None or walked == read_header(BytesIO(changed), syntax)
+
+
+def test_value_without_end_takes_no_memory() -> None:
+    """A UID that claims to be longer than any header is refused before it is read."""
+    sent = BytesIO(struct.pack("<HHL", 0x0008, 0x0016, 64 << 20) + bytes(64 << 20))
+
+    tracemalloc.start()
+    with pytest.raises(Unreadable):
+        read_header(sent, ImplicitVRLittleEndian)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak_bytes < 20 << 20
+
+
 def test_deflated_header_is_read() -> None:
     """A deflated data set is inflated as far as its UIDs, and only for them."""
     compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS)
@@ -111,7 +140,7 @@ def test_deflated_header_is_read() -> None:
 
 def test_deflated_bomb_is_inflated_to_its_bound_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few kilobytes cannot become gigabytes in the receiver's memory."""
-    monkeypatch.setattr(receiver, "MAX_INFLATED_BYTES", 1 << 20)
+    monkeypatch.setattr(instance_header, "MAX_INFLATED_BYTES", 1 << 20)
     compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     sent = compressor.compress(bytes(16 << 20)) + compressor.flush()
 
@@ -301,3 +330,13 @@ def test_crowd_is_refused_for_now() -> None:
     assert denial is not None
     assert denial.refusal == Refusal(2, 3, 2)
     assert "max_associations" in denial.remedy
+
+
+def test_crowd_from_one_address_is_refused_for_now() -> None:
+    """One address has its own bound, below that of all."""
+    scp = ScpSettings(max_associations=9, max_associations_per_address=2)
+    denial = deny_crowd(scp, 5, 2)
+
+    assert deny_crowd(scp, 5, 1) is None
+    assert denial is not None
+    assert "max_associations_per_address" in denial.remedy
