@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service import (
     assembly,
+    audit_feed,
     chain,
     commands,
     conformance,
@@ -41,6 +42,7 @@ from service import (
     stats,
     supervisor,
 )
+from service.atna import Node
 from service.broker import NoRedisServer
 from service.demo import run_demo
 from service.receiver import Receiver
@@ -154,8 +156,21 @@ def _ingest(settings: Settings, sessions: sessionmaker[Session], stop: Event) ->
     def removed() -> None:
         retention.remove_for_ever(settings, sessions, spool, stop)
 
-    with _beside(stop, chained, removed):
+    loops = [chained, removed]
+    if settings.audit.syslog_host is not None:
+        loops.append(lambda: audit_feed.feed_for_ever(settings, sessions, _audit_node(settings), stop))
+    with _beside(stop, *loops):
         assembly.ingest_for_ever(settings, sessions, spool, stop)
+
+
+def _audit_node(settings: Settings) -> Node:
+    return Node(
+        ae_title=settings.scp.ae_title,
+        process=f"{settings.audit.source_id}/{os.getpid()}",
+        host=socket.gethostname(),
+        source_id=settings.audit.source_id,
+        enterprise_site_id=settings.audit.enterprise_site_id,
+    )
 
 
 def _dispatch(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
