@@ -214,6 +214,8 @@ def get_result(request: Request, web: TheWeb, who: AnyVisitor, result_id: Id) ->
 def get_result_text(web: TheWeb, who: Reader, result_id: Id) -> Response:
     """A Structured Report as plain text."""
     _, document = _document(web, who, result_id)
+    if document.Modality != "SR":
+        raise HTTPException(404, "this result is not a Structured Report")
     return Response(readable(document), media_type="text/plain", headers=PRIVATE)
 
 

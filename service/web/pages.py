@@ -19,7 +19,7 @@ from service.report.words import NOTICES
 from service.shared import VERSION
 from service.shared.audit import AuditKind
 from service.shared.db import Analysis, AuditEvent, Study
-from service.shared.messages import Flag
+from service.shared.messages import AnalysisOutput, Flag
 from service.shared.settings import leaves
 from service.web import accounts, images, queries
 from service.web.access import COOKIE, Permission, Visitor, Web, find_visitor, record_view, the_web
@@ -185,6 +185,7 @@ def study_page(request: Request, study_id: int, analysis: Annotated[int | None, 
         story = study_story(session, study, who)
         events, _ = queries.list_events(session, study_id=study_id, limit=200)
     chosen = _chosen(story.analyses, analysis)
+    output = _output(web, chosen)
     if "poll" not in request.query_params:
         record_view(web, AuditKind.STUDY_VIEWED, who, study_id=study_id)
     running = story.state == "receiving" or any(one.state in ("queued", "running", "read") for one in story.analyses)
@@ -195,7 +196,8 @@ def study_page(request: Request, study_id: int, analysis: Annotated[int | None, 
         who,
         study=story,
         analysis=chosen,
-        candidates=_candidates(web, chosen),
+        candidates={one.series_uid: one for one in output.candidates} if output else {},
+        coverage=output.retention.coverage if output else (),
         events=_runs(events),
         live=running or pending,
         notices=[NOTICES.get(Flag(flag), flag) for flag in (chosen.flags or [])] if chosen else [],
@@ -321,16 +323,15 @@ def _chosen(analyses: list[AnalysisOut], wanted: int | None) -> AnalysisOut | No
     return next((one for one in analyses if one.counts), analyses[0] if analyses else None)
 
 
-def _candidates(web: Web, chosen: AnalysisOut | None) -> dict[str, Any]:
-    """Series UID -> why it was, or was not, the one to read."""
+def _output(web: Web, chosen: AnalysisOut | None) -> AnalysisOutput | None:
+    """What the worker said, where it is still there and as it was."""
     if chosen is None or chosen.counts is None:
-        return {}
+        return None
     with web.reading() as session:
         try:
-            output, _ = images.read_output(web.settings, session.get_one(Analysis, chosen.id))
+            return images.read_output(web.settings, session.get_one(Analysis, chosen.id))[0]
         except images.NotShowable:
-            return {}
-    return {one.series_uid: one for one in output.candidates}
+            return None
 
 
 def _runs(events: list[AuditEvent]) -> list[tuple[AuditEvent, int]]:

@@ -130,7 +130,7 @@ def test_report_is_found_read_and_sent_again(
     page.get_by_text("Structured Report as sent").click()
     expect(page.locator(".sr-text")).to_contain_text("The lungs are clear.")
     picture(page, f"{name}-study")
-    page.get_by_role("button", name="Re-send to pacs").click()
+    page.get_by_role("button", name="Re-send sr-comprehensive3d to pacs").click()
     page.get_by_role("button", name="Yes").click()
 
     expect(page.locator("#toast")).to_contain_text("on its way to pacs again")
