@@ -144,9 +144,7 @@ def _receiving() -> Iterator[str]:
     yield ""
     yield "Accepted for every class below, and for every class that is not in the dictionary:"
     yield ""
-    yield from _table(
-        ("Transfer syntax", "UID"), [(UID(uid).name, uid) for uid in sorted(receiver.TRANSFER_SYNTAXES)]
-    )
+    yield from _table(("Transfer syntax", "UID"), [(UID(uid).name, uid) for uid in sorted(receiver.TRANSFER_SYNTAXES)])
     yield ""
     yield (
         "Instances are stored as they were received. Of what is proposed, Explicit VR Little Endian is taken first, "
@@ -162,9 +160,7 @@ def _receiving() -> Iterator[str]:
         receiver.Status.CANNOT_UNDERSTAND: "a UID is missing or malformed",
         receiver.Status.UNREADABLE: "nothing in it can be read as a data set",
     }
-    yield from _table(
-        ("Status", "Given when"), [(f"0x{status:04X}", meaning[status]) for status in receiver.Status]
-    )
+    yield from _table(("Status", "Given when"), [(f"0x{status:04X}", meaning[status]) for status in receiver.Status])
     yield ""
 
 
@@ -173,10 +169,7 @@ def _sending() -> Iterator[str]:
     yield ""
     yield from _table(
         ("SOP class", "Transfer syntax proposed"),
-        [
-            (UID(uid).name, ", ".join(syntax.name for syntax in syntaxes))
-            for uid, syntaxes in SENT.items()
-        ],
+        [(UID(uid).name, ", ".join(syntax.name for syntax in syntaxes)) for uid, syntaxes in SENT.items()],
     )
     yield ""
     yield f"Built, and not yet sent by any route: {', '.join(UID(uid).name for uid in BUILT_ONLY)}."
@@ -311,7 +304,7 @@ def _templates() -> Iterator[str]:
     yield ""
     yield (
         "The Structured Report follows TID 1500 with TID 1204 (language), 1002 and 1004 (device observer), 1600 (image "
-        "library, without the descriptors of TID 1602), 1501 (one measurement group, \"Model input\") and 4019 "
+        'library, without the descriptors of TID 1602), 1501 (one measurement group, "Model input") and 4019 '
         "(algorithm). Findings and impression are TEXT under Qualitative Evaluations. No code is derived from the "
         f"model's text. The impression begins with: {words.NOT_FOR_DIAGNOSIS!r}. The Basic Text SR follows TID 2000. "
         "Every document is UNVERIFIED and PRELIMINARY; it is PARTIAL where slices were missing or unreadable or the "
@@ -394,9 +387,9 @@ def _security_and_limits() -> Iterator[str]:
     yield ""
     yield "- TLS, audit messages of PS3.15 A.5 and de-identification: none yet in the DICOM services."
     yield (
-        "- IHE AI Results: the final code of \"Processing Algorithm\" in Contributing Equipment, the rules of root "
-        "results and of tracking are to be checked in Rev. 1.3; the code used is (109102, DCM, \"Processing "
-        "Equipment\")."
+        '- IHE AI Results: the final code of "Processing Algorithm" in Contributing Equipment, the rules of root '
+        'results and of tracking are to be checked in Rev. 1.3; the code used is (109102, DCM, "Processing '
+        'Equipment").'
     )
     yield "- Private codes are to be replaced by standard ones where the Standard has them."
     yield "- No commercial PACS and no viewer was tested."
@@ -407,5 +400,3 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[s
     yield "|" + "---|" * len(head)
     for row in rows:
         yield "| " + " | ".join(row) + " |"
-
-

@@ -74,9 +74,7 @@ def output_of(
             )
         )
         state = SourceState.SHOWN if kept else SourceState.REPRESENTED
-        sources.append(
-            SourceInstance(sop_instance_uid=uid, position_mm=3.0 * index, state=state, input_index=anchor)
-        )
+        sources.append(SourceInstance(sop_instance_uid=uid, position_mm=3.0 * index, state=state, input_index=anchor))
     rows, columns = tokens
     if arrays is None:
         arrays = arrays_of(tuple(inputs), tokens)
@@ -96,9 +94,7 @@ def output_of(
                 chosen=True,
                 reason="the axial series with most slices",
             ),
-            SeriesCandidate(
-                series_uid="2.25.99", modality=modality, instances=1, chosen=False, reason="localizer"
-            ),
+            SeriesCandidate(series_uid="2.25.99", modality=modality, instances=1, chosen=False, reason="localizer"),
         ),
         "findings": findings,
         "impression": impression,
@@ -143,9 +139,7 @@ def output_of(
         "timings_s": {"volume": 0.5, "tower": 1.5},
         "memory_peak_bytes": 1_000_000,
         "software_version": "0.1.0",
-        "retention": Retention(
-            sources=tuple(sources), inputs=tuple(inputs), token_rows=rows, token_columns=columns
-        ),
+        "retention": Retention(sources=tuple(sources), inputs=tuple(inputs), token_rows=rows, token_columns=columns),
         "arrays_sha256": digest(arrays.to_npz()),
     }
     return AnalysisOutput(**(values | changes))

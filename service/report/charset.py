@@ -25,9 +25,7 @@ class DoesNotFit(Exception):
     """The result holds text that the character set cannot; the message names attributes, never values."""
 
 
-def recoded(
-    dataset: Dataset, charset: str, *parts: str, transfer_syntax_uid: UID = ExplicitVRLittleEndian
-) -> Dataset:
+def recoded(dataset: Dataset, charset: str, *parts: str, transfer_syntax_uid: UID = ExplicitVRLittleEndian) -> Dataset:
     """A copy of `dataset` in `charset` with a SOP Instance UID of its own; raises DoesNotFit.
 
     charset: as Specific Character Set has it, several values separated by a backslash. parts: as name_by_content.

@@ -131,9 +131,7 @@ def observer(output: AnalysisOutput, settings: ReportSettings) -> ObservationCon
 
 def _predecessors(documents: tuple[PriorDocument, ...]) -> Iterator[Dataset]:
     for study_uid, members in groupby(sorted(documents, key=lambda one: one.study_uid), key=lambda one: one.study_uid):
-        yield references(
-            study_uid, [(one.series_uid, one.sop_class_uid, one.sop_instance_uid) for one in members]
-        )
+        yield references(study_uid, [(one.series_uid, one.sop_class_uid, one.sop_instance_uid) for one in members])
 
 
 def _request(request: Checked, source: SourceStudy) -> Dataset:

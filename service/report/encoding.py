@@ -38,9 +38,7 @@ def encode(dataset: Dataset, transfer_syntax_uid: UID = ExplicitVRLittleEndian) 
     return buffer.getvalue()
 
 
-def name_by_content(
-    dataset: Dataset, *parts: str, transfer_syntax_uid: UID = ExplicitVRLittleEndian
-) -> Dataset:
+def name_by_content(dataset: Dataset, *parts: str, transfer_syntax_uid: UID = ExplicitVRLittleEndian) -> Dataset:
     """Give `dataset` a SOP Instance UID that is another one whenever any of its bytes is another one."""
     dataset.SOPInstanceUID = _UNNAMED
     content = hashlib.sha256(encode(dataset, transfer_syntax_uid)).hexdigest()

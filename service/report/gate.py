@@ -136,9 +136,7 @@ def _dciodvfy(content: bytes, verbatim: frozenset[str]) -> Iterator[GateFinding]
         file.write(content)
         file.seek(0)
         try:
-            run = subprocess.run(
-                [dciodvfy_path()], stdin=file, capture_output=True, timeout=_TIMEOUT_S, check=False
-            )
+            run = subprocess.run([dciodvfy_path()], stdin=file, capture_output=True, timeout=_TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
             yield GateFinding(Severity.ERROR, "dciodvfy", f"did not finish within {_TIMEOUT_S} s")
             return
@@ -230,9 +228,7 @@ def _assertions_on_report(document: Dataset, evidence: Collection[str] | None) -
         yield "Observer Type is not Device"
     if not _valued(items, codes.DEVICE_OBSERVER_UID):
         yield "no Device Observer UID"
-    if not all(
-        str(item.TextValue).startswith(words.NOT_FOR_DIAGNOSIS) for item in _valued(items, codes.IMPRESSION)
-    ):
+    if not all(str(item.TextValue).startswith(words.NOT_FOR_DIAGNOSIS) for item in _valued(items, codes.IMPRESSION)):
         yield "the Impression does not begin with the words that it is unverified"
     if not _valued(items, codes.IMPRESSION) or not _valued(items, codes.FINDING):
         yield "no Finding or no Impression"
@@ -262,9 +258,7 @@ def _assertions_on_measurements(items: list[Dataset]) -> Iterator[str]:
         yield from (f"a Measurement Group has no {code.meaning}" for code in needed if not _valued(children, code))
 
 
-def _assertions_on_evidence(
-    document: Dataset, items: list[Dataset], evidence: Collection[str] | None
-) -> Iterator[str]:
+def _assertions_on_evidence(document: Dataset, items: list[Dataset], evidence: Collection[str] | None) -> Iterator[str]:
     studies = document.get("CurrentRequestedProcedureEvidenceSequence") or []
     if any(study.get("StudyInstanceUID") != document.get("StudyInstanceUID") for study in studies):
         yield "evidence of another study among that of the current procedure"

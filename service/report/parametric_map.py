@@ -144,9 +144,7 @@ def _describe_pixels(dataset: Dataset, scores: NDArray[np.float32]) -> None:
     dataset.FloatPixelData = scores.astype("<f4").tobytes()
 
 
-def _shared(
-    frames: Sequence[SourceFrame], source: SourceStudy, plane: TokenPlane, highest: float
-) -> Dataset:
+def _shared(frames: Sequence[SourceFrame], source: SourceStudy, plane: TokenPlane, highest: float) -> Dataset:
     shared = shared_planes(frames, source, plane.orientation, plane.spacing)
     frame_type, window, mapping, quantity, pixel = (Dataset() for _ in range(5))
     frame_type.FrameType = ["DERIVED", "PRIMARY", "VOLUME", "NONE"]

@@ -207,9 +207,7 @@ def _each_once(instances: Iterable[SourceInstance]) -> tuple[SourceInstance, ...
     return tuple({instance.sop_instance_uid: instance for instance in instances}.values())
 
 
-def _identify(
-    header: Dataset, path: Path, repairs: dict[Repair, None]
-) -> tuple[SourceInstance, str] | None:
+def _identify(header: Dataset, path: Path, repairs: dict[Repair, None]) -> tuple[SourceInstance, str] | None:
     """The instance and its study's UID; what is missing is taken from the file's meta header or by rule."""
     uid = {keyword: _plain(header, keyword) for keyword in _IDENTITY}
     meta = getattr(header, "file_meta", Dataset())
@@ -290,18 +288,14 @@ def _items(
         return None
     needed = {rule.keyword for rule in rules if rule.type == 1}
     declared = [_plain(item, "SpecificCharacterSet").split("\\") for item in items]
-    checked = [
-        _checked(item, rules, charset.within(own), repairs) for item, own in zip(items, declared, strict=True)
-    ]
+    checked = [_checked(item, rules, charset.within(own), repairs) for item, own in zip(items, declared, strict=True)]
     complete = tuple(item for item in checked if item and needed <= set(item))
     if len(complete) < len(items) and needed:
         repairs[Repair(keyword, Action.DROPPED)] = None
     return complete
 
 
-def _honest_about_identity(
-    attributes: dict[str, str | tuple[Checked, ...]], repairs: dict[Repair, None]
-) -> Checked:
+def _honest_about_identity(attributes: dict[str, str | tuple[Checked, ...]], repairs: dict[Repair, None]) -> Checked:
     """Patient Identity Removed YES needs its method beside it (PS3.3 C.7.1.1, Type 1C)."""
     methods = ("DeidentificationMethod", "DeidentificationMethodCodeSequence")
     removed = attributes.get("PatientIdentityRemoved") == "YES"

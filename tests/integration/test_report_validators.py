@@ -103,9 +103,7 @@ def test_reports_on_other_peoples_series_pass_the_gate(paths: list[Path]) -> Non
     assert unexpected(content_of(source), source) == []
 
 
-@pytest.mark.parametrize(
-    "name", ["CT_small.dcm", "MR_small_implicit.dcm", "MR_small_bigendian.dcm", "image_dfl.dcm"]
-)
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small_implicit.dcm", "MR_small_bigendian.dcm", "image_dfl.dcm"])
 def test_reports_on_single_images_pass_the_gate(name: str) -> None:
     """Implicit, big-endian, deflated, hardly any header."""
     source = read_source([Path(str(get_testdata_file(name, download=False)))])

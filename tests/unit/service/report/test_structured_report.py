@@ -120,9 +120,7 @@ def test_untrained_weights_are_named_before_the_impression(source: SourceStudy, 
     assert text.startswith("UNVERIFIED machine output, not for diagnosis. " + words)
 
 
-@pytest.mark.parametrize(
-    "flag", [Flag.MISSING_SLICES, Flag.UNREADABLE_SLICES, Flag.TRUNCATED, Flag.REPETITION]
-)
+@pytest.mark.parametrize("flag", [Flag.MISSING_SLICES, Flag.UNREADABLE_SLICES, Flag.TRUNCATED, Flag.REPETITION])
 def test_what_is_not_all_there_is_partial(source: SourceStudy, flag: Flag) -> None:
     """Missing slices and cut text make the document PARTIAL."""
     assert build(output_for(source, flags=[flag]), source).CompletionFlag == "PARTIAL"
