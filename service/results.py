@@ -23,6 +23,8 @@ from service.report import gate
 from service.report.encoding import encode
 from service.report.header import device_uid
 from service.report.identity import PriorDocument, RunIdentity
+from service.report.key_objects import build_key_objects
+from service.report.parametric_map import build_parametric_map
 from service.report.pixels import PixelLimits, read_frames
 from service.report.retention_map import build_secondary_capture, wanted_frames
 from service.report.segmentation import build_segmentation
@@ -189,11 +191,17 @@ def _companion(
     run: RunIdentity,
     destinations: list[str],
 ) -> Made:
+    if companion is Companion.KOS:
+        dataset = build_key_objects(output, source, settings, run=run)
+        return Made(companion.value, dataset, ExplicitVRLittleEndian, destinations)
     frames = read_frames(wanted_frames(output, source), PixelLimits())
     if companion is Companion.SC:
         dataset = build_secondary_capture(output, arrays, source, frames, settings, run=run)
         return Made(companion.value, dataset, RLELossless, destinations)
     placed = list(frames)
+    if companion is Companion.PM:
+        dataset = build_parametric_map(output, arrays, source, placed, settings, run=run)
+        return Made(companion.value, dataset, ExplicitVRLittleEndian, destinations)
     shapes = {frame.grey.shape for frame in placed if frame.grey is not None}
     if len(shapes) != 1:
         raise ValueError("no slice could be decoded, or they differ in size")
@@ -212,7 +220,7 @@ def _store(data: Path, made: Made, analysis: Analysis, output: AnalysisOutput, s
             for one in output.retention.sources
             if source.instance(one.sop_instance_uid) is not None
         },
-        verbatim={source.study_uid, *(one.sop_instance_uid for one in source.instances)},
+        verbatim=source.uids,
     )
     sha256 = digest(content)
     path = data / "outbox" / sha256[:2] / f"{sha256}.dcm"

@@ -144,6 +144,8 @@ class SeriesSettings(Section):
 class Companion(StrEnum):
     SC = "sc"  # a colour picture of every slice with what the model was shown; any viewer
     SEG = "seg"  # the same as a binary segmentation, for machines
+    PM = "pm"  # the attention that each part of the slices received, as a parametric map; for research
+    KOS = "kos"  # a selection of the slices that the model was shown
 
 
 class RouteSettings(Section):
