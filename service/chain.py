@@ -16,7 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -240,14 +242,14 @@ def read_heads(heads: Path) -> list[Head]:
 def verify(connection: Connection, heads: list[Head]) -> Verification:
     """Compute the whole chain again, compare it with the exported heads, and count what has no place in it yet."""
     expected = {head.seq: head.hash for head in heads}
-    seq, digest, fault = 0, GENESIS, None
-    for place, event_id, recorded, row in _links(connection):
-        fault = _fault(connection, seq + 1, digest, place, event_id, recorded, row)
-        if fault is None and expected.get(place, recorded) != recorded:
-            fault = f"row {place} of audit_chain differs from the exported head: the chain was written anew"
-        if fault is not None:
-            break
-        seq, digest = place, bytes.fromhex(recorded)
+    seq, digest, wrong = 0, GENESIS, None
+    with closing(_links(connection)) as links:
+        for place, event_id, recorded, row in links:
+            if place != seq + 1 or not _fits(digest, row, recorded) or expected.get(place, recorded) != recorded:
+                wrong = (place, event_id, recorded, row)
+                break
+            seq, digest = place, bytes.fromhex(recorded)
+    fault = None if wrong is None else _fault(connection, seq + 1, digest, *wrong)
     if fault is None and (cut := sorted(place for place in expected if place > seq)):
         fault = f"row {seq + 1} of audit_chain is missing: the exported head reaches to {cut[-1]}, the chain to {seq}"
     not_chained = connection.scalar(
@@ -258,32 +260,45 @@ def verify(connection: Connection, heads: list[Head]) -> Verification:
     return Verification(seq, digest.hex() if seq else "", int(not_chained or 0), len(expected), fault)
 
 
-def _links(connection: Connection) -> Iterator[tuple[int, int, str, Any]]:
-    """Every row of audit_chain in order, with its event; the event's id is None where there is none."""
+def _links(connection: Connection) -> Generator[tuple[int, int, str, Any]]:
+    """Every row of audit_chain in order, with its event; the event's id is None where there is none.
+
+    The next page is fetched while this one is hashed; the connection is free again once this is closed.
+    """
     statement = text(
         f"SELECT c.seq, c.event_id, c.hash, e.id, {_FIELDS_OF[connection.dialect.name]} FROM audit_chain c "
         "LEFT JOIN audit_event e ON e.id = c.event_id WHERE c.seq > :after ORDER BY c.seq LIMIT :page"
     )
-    after = -(2**62)
-    while rows := connection.execute(statement, {"after": after, "page": PAGE}).all():
-        for row in rows:
-            yield row[0], row[1], row[2], row[3:]
-        after = rows[-1][0]
+
+    def fetch(after: int) -> Sequence[Any]:
+        return connection.execute(statement, {"after": after, "page": PAGE}).all()
+
+    with ThreadPoolExecutor(1) as pool:
+        page = pool.submit(fetch, -(2**62))
+        while rows := page.result():
+            page = pool.submit(fetch, rows[-1][0])
+            for row in rows:
+                yield row[0], row[1], row[2], row[3:]
+
+
+def _fits(previous: bytes, row: Any, recorded: str) -> bool:
+    """Whether the event is there and is the one that was chained."""
+    try:
+        return row[0] is not None and _link(previous, row).hex() == recorded
+    except ValueError:  # a detail that is not JSON
+        return False
 
 
 def _fault(
     connection: Connection, expected: int, previous: bytes, place: int, event_id: int, recorded: str, row: Any
-) -> str | None:
-    """What is wrong with this row of the chain, or None."""
+) -> str:
+    """What is wrong with this row of the chain."""
     if place != expected:
         return f"row {expected} of audit_chain is missing (the next one is {place})"
     if row[0] is None:
         return f"event {event_id} is missing (row {place} of audit_chain)"
-    try:
-        if _link(previous, row).hex() == recorded:
-            return None
-    except ValueError:  # a detail that is not JSON
-        return f"event {event_id} was altered (row {place} of audit_chain)"
+    if _fits(previous, row, recorded):
+        return f"row {place} of audit_chain differs from the exported head: the chain was written anew"
     moved = _event_that_fits(connection, previous, place, recorded)
     if moved is not None:
         return f"row {place} of audit_chain was reordered: event {event_id} stands where event {moved} belongs"
@@ -299,4 +314,4 @@ def _event_that_fits(connection: Connection, previous: bytes, place: int, record
         ),
         {"low": place - 1000, "high": place + 1000},
     )
-    return next((int(row[0]) for row in neighbours if _link(previous, row).hex() == recorded), None)
+    return next((int(row[0]) for row in neighbours if _fits(previous, row, recorded)), None)
