@@ -11,7 +11,9 @@ from urllib.parse import unquote
 import redis
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
@@ -71,7 +73,11 @@ def check_all(web: Web) -> dict[str, Check]:
 def queue_client(settings: Settings) -> redis.Redis:
     """The Redis that Celery speaks to; its messages wait in a list that has the queue's name."""
     url = broker_url(settings)
-    limits: dict[str, Any] = {"socket_timeout": PING_TIMEOUT_S, "socket_connect_timeout": PING_TIMEOUT_S}
+    limits: dict[str, Any] = {
+        "socket_timeout": PING_TIMEOUT_S,
+        "socket_connect_timeout": PING_TIMEOUT_S,
+        "retry": Retry(NoBackoff(), 0),  # the next look comes soon enough
+    }
     if url.startswith(SOCKET_SCHEME):
         return redis.Redis(unix_socket_path=unquote(url.removeprefix(SOCKET_SCHEME)), **limits)
     return redis.Redis.from_url(url, **limits)

@@ -15,6 +15,7 @@ from fastapi.responses import RedirectResponse
 from fastapi.templating import Jinja2Templates
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from service import chain
 from service.report.words import NOTICES
 from service.shared import VERSION
 from service.shared.audit import AuditKind
@@ -232,9 +233,11 @@ def events_page(
             before=int(cursor) if cursor.isdigit() else None,
             limit=EVENTS,
         )
+        lag = chain.lag(session)
     chosen = {key: value for key, value in {"kind": kind, "actor": actor}.items() if value}
     more = "/events?" + urlencode({**chosen, "cursor": following}) if following else None
-    return _page(request, "events.html", who, events=events, more=more, kinds=list(AuditKind), chosen=chosen)
+    kinds = list(AuditKind)
+    return _page(request, "events.html", who, events=events, more=more, kinds=kinds, chosen=chosen, lag=lag)
 
 
 @router.get("/configuration")

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select
+from sqlalchemy import ColumnElement, func, or_, select, union_all
 from sqlalchemy.orm import Session
 
 from service.shared.db import (
@@ -30,6 +30,7 @@ from service.shared.settings import DestinationSettings
 
 Row = dict[str, Any]
 OPEN = (AnalysisState.QUEUED, AnalysisState.RUNNING, AnalysisState.READ)
+ENDED = (AnalysisState.DONE, AnalysisState.REFUSED, AnalysisState.FAILED)
 LAST_CHARACTER = chr(0x10FFFF)
 CHART_POINTS = 2000
 
@@ -135,19 +136,18 @@ def _study_conditions(which: StudyFilter, by_identifier: bool) -> list[ColumnEle
 
 def _names(text: str, by_identifier: bool) -> ColumnElement[bool]:
     """Beginnings, as ranges that an index answers; names as they are written in DICOM, in capitals too."""
-    choices: list[ColumnElement[bool]] = [Study.study_uid == text]
+    found = [select(Study.id).where(Study.study_uid == text)]
     if text.isdigit() and len(text) < 19:
-        choices.append(Study.id == int(text))
+        found.append(select(Study.id).where(Study.id == int(text)))
     if by_identifier:
-        columns = (StudyHeader.accession_number, StudyHeader.patient_id, StudyHeader.patient_name)
         variants = dict.fromkeys((text, text.upper(), text.replace(", ", "^").replace(" ", "^").upper(), text.title()))
-        matching = [
-            column.between(variant, variant + LAST_CHARACTER) & column.startswith(variant, autoescape=True)
-            for column in columns
-            for variant in variants
-        ]
-        choices.append(Study.id.in_(select(StudyHeader.study_id).where(or_(*matching))))
-    return or_(*choices)
+        for column in (StudyHeader.accession_number, StudyHeader.patient_id, StudyHeader.patient_name):
+            matching = [
+                column.between(variant, variant + LAST_CHARACTER) & column.startswith(variant, autoescape=True)
+                for variant in variants
+            ]
+            found.append(select(StudyHeader.study_id).where(or_(*matching)))
+    return Study.id.in_(union_all(*found))  # a union, not an OR: each part has its own index
 
 
 def _images(session: Session, ids: Sequence[int]) -> dict[int, tuple[int, tuple[str, ...]]]:
@@ -283,7 +283,7 @@ def overview(session: Session, now: datetime) -> Row:
     """The last day at a glance, and all that is not finished."""
     since = now - timedelta(days=1)
     states = _grouped(session, Analysis.state, Analysis.state.in_(OPEN))
-    ended = _grouped(session, Analysis.state, Analysis.queued_at >= since, ~Analysis.state.in_(OPEN))
+    ended = _grouped(session, Analysis.state, Analysis.state.in_(ENDED), Analysis.queued_at >= since)
     deliveries = _grouped(session, Delivery.state, Delivery.state.in_((DeliveryState.PENDING, DeliveryState.REJECTED)))
     oldest = session.scalar(select(func.min(Analysis.queued_at)).where(Analysis.state.in_(OPEN)))
     running = session.execute(
@@ -303,7 +303,10 @@ def overview(session: Session, now: datetime) -> Row:
         "undelivered": deliveries.get("pending", 0),
         "rejected": deliveries.get("rejected", 0),
         "quarantined": session.scalar(
-            select(func.count()).select_from(Result).where(Result.state == ResultState.QUARANTINED)
+            select(func.count())  # an analysis with a quarantined result stays `read`
+            .select_from(Analysis)
+            .join(Result, Result.analysis_id == Analysis.id)
+            .where(Analysis.state == AnalysisState.READ, Result.state == ResultState.QUARANTINED)
         )
         or 0,
         "held": _count(session, Study.held.is_(True)),
