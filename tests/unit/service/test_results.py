@@ -149,6 +149,26 @@ def test_one_report_is_built_for_each_class_that_destinations_take(
     assert one.sop_class_uid != other.sop_class_uid
 
 
+def test_companions_of_the_route_stand_beside_the_report(tmp_path: Path, sessions: sessionmaker[Session]) -> None:
+    """Each is an object of its own, passes the gate and goes where the report goes."""
+    companions = ["sc", "seg", "pm", "kos"]
+    desk = desk_of(
+        tmp_path,
+        sessions,
+        destination=[destination("a"), destination("b", "basic_text")],
+        route=[{"name": "default", "companions": companions}],
+    )
+    analysis_id = desk.read()
+
+    desk.build(analysis_id)
+
+    made = desk.made(analysis_id)
+    assert [one.kind for one in made] == ["sr-comprehensive3d", "sr-basic_text", *companions]
+    assert all(one.state is ResultState.BUILT for one in made)
+    assert [desk.sent_to(one) for one in made] == [["a"], ["b"], *[["a", "b"]] * 4]
+    assert len({desk.dataset(one).StudyInstanceUID for one in made}) == 1
+
+
 @pytest.mark.parametrize("route", [[], [{"name": "other"}]], ids=["without a destination", "route gone"])
 def test_result_that_has_nowhere_to_go_is_kept(
     tmp_path: Path, sessions: sessionmaker[Session], route: list[dict[str, Any]]
