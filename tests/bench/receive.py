@@ -46,9 +46,9 @@ from tests.receiving import encode, p_data, store_command
 OURS, STORESCP, ORTHANC, PYNETDICOM = "ours", "storescp", "Orthanc", "pynetdicom"
 ASSOCIATIONS = (1, 4, 8)
 OBJECTS = {  # name -> class, rows and columns, how many for the replay in all, how many for each storescu
-    "CT": (CTImageStorage, 512, 48, 12),
-    "MR": (MRImageStorage, 256, 96, 12),
-    "small": (MRImageStorage, 70, 160, 12),
+    "CT": (CTImageStorage, 512, 48, 8),
+    "MR": (MRImageStorage, 256, 96, 8),
+    "small": (MRImageStorage, 70, 160, 8),
 }
 MAX_PDU_BYTES = 131072
 ROOT_UID = "1.2.826.0.1.3680043.10.1.5"
@@ -339,7 +339,7 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["serve"]:
         serve(*arguments[1:])
         return 0
-    rounds = int(arguments[0]) if arguments else 5
+    rounds = int(arguments[0]) if arguments else 3
     begun = time.perf_counter()
     with TemporaryDirectory(prefix="bench-receive-") as name:
         folder = Path(name)
