@@ -25,6 +25,7 @@ from service.shared.messages import (
     TokenState,
 )
 from service.shared.settings import PruningMethod, PruningSettings, Settings
+from workers.demo_model.inputs import prepare_for_demonstration
 from workers.guide import Guide
 from workers.preprocess import Prepared, prepare
 from workers.sections import Sections, parse
@@ -69,7 +70,7 @@ def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, 
     with clock("volume"):
         volume = load([header for header in headers if header.series_uid == choice.series_uid], settings.series)
     with clock("preprocess"):
-        prepared = prepare(volume, settings.series, settings.pruning)
+        prepared = _prepare(volume, settings, model)
     with clock("regions"):
         guide = prepared.guide(volume)
     generation = model.read(
@@ -84,6 +85,13 @@ def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, 
     sections = parse(generation.text.replace("\0", ""))  # PostgreSQL keeps no NUL, and no report needs one
     arrays = _arrays(prepared, generation).to_npz()
     return _output(request, model, choice, volume, prepared, guide, generation, sections, arrays, clock.seconds), arrays
+
+
+def _prepare(volume: Volume, settings: Settings, model: VisionLanguageModel) -> Prepared:
+    """The inputs as the weights want them: as MedGemma was trained, unless their folder says otherwise."""
+    if model.preprocessing:
+        return prepare_for_demonstration(volume, settings.series, model.preprocessing)
+    return prepare(volume, settings.series, settings.pruning)
 
 
 class _Clock:

@@ -57,7 +57,7 @@ class Prepared:
         row_mm, column_mm = (
             (mm or UNKNOWN_MM) * whole / pooled
             for mm, whole, pooled in zip(
-                volume.spacing_mm[1:], self.pixels.shape[1:3], self.pooled.shape[1:], strict=True
+                volume.spacing_mm[1:], volume.voxels.shape[1:], self.pooled.shape[1:], strict=True
             )
         )
         return make_guide(
@@ -114,8 +114,8 @@ def prepare(volume: Volume, settings: SeriesSettings, pruning: PruningSettings |
         applied |= {"slab_slices": thickest, "slab_mm": round(thickest * volume.spacing_mm[0], 3)}
     return Prepared(
         pixels,
-        _inputs(volume, chosen, operation),
-        _sources(volume, chosen),
+        inputs_of(volume, chosen, operation),
+        sources_of(volume, chosen),
         applied,
         pooled,
         volume.source_from_voxel,
@@ -182,7 +182,7 @@ def _percentiles(voxels: NDArray[np.float32]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _inputs(volume: Volume, chosen: tuple[Slab, ...], operation: SliceOperation) -> tuple[ModelInput, ...]:
+def inputs_of(volume: Volume, chosen: tuple[Slab, ...], operation: SliceOperation) -> tuple[ModelInput, ...]:
     return tuple(
         ModelInput(
             index=index,
@@ -195,7 +195,7 @@ def _inputs(volume: Volume, chosen: tuple[Slab, ...], operation: SliceOperation)
     )
 
 
-def _sources(volume: Volume, chosen: tuple[Slab, ...]) -> tuple[SourceInstance, ...]:
+def sources_of(volume: Volume, chosen: tuple[Slab, ...]) -> tuple[SourceInstance, ...]:
     sources = list(volume.sources)
     for index, slab in enumerate(chosen):
         state = SourceState.SHOWN if slab.last - slab.first == 1 else SourceState.IN_SLAB

@@ -19,7 +19,9 @@ NO_FINDINGS_TEXT = "The model produced no text under this heading."
 # In the order in which they are said
 NOTICES: dict[Flag, str] = {
     Flag.RANDOM_WEIGHTS: "RANDOM WEIGHTS: the text is noise.",
-    Flag.DEMONSTRATION_WEIGHTS: "DEMONSTRATION MODEL: trained on computer-made phantoms, not on patients.",
+    Flag.DEMONSTRATION_WEIGHTS: (
+        "DEMONSTRATION MODEL: trained on computer-made phantoms; it has never seen a patient and means nothing on one."
+    ),
     Flag.REFUSED: "The model declined to report; its own words stand under Finding.",
     Flag.UNPARSED: "No sections were recognised in the model's text; all of it stands under Finding.",
     Flag.TRUNCATED: "The text ended at its length limit and is not complete.",
