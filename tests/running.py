@@ -402,7 +402,11 @@ class Service:
 
 
 def send(service: Service, *paths: Path) -> None:
-    """Send files or folders to the service as a modality would; every instance must be acknowledged."""
+    """Send files or folders to the service as a modality would; every instance must be acknowledged.
+
+    A receiver that was killed by the test before needs seconds to listen again; a modality would try again too.
+    """
+    wait_for(lambda: listens(service.port), f"the receiver listens; its log: {service.log}", PATIENCE_S)
     sent = dcmsend(paths, service.port, called="MEDPRUNER", calling=SENDER)
     assert sent.returncode == 0, sent.stdout + sent.stderr
 

@@ -21,6 +21,7 @@ from tests.servers import free_port
 from tests.web_study import ACCESSION, add_real_study
 from tests.web_visits import PASSWORD, add_user
 
+expect.set_options(timeout=20_000)  # a busy or cold machine is slow, not wrong
 pytestmark = pytest.mark.browser
 
 CHROMIUM = "/usr/bin/chromium"
