@@ -116,6 +116,7 @@ def test_report_is_found_read_and_sent_again(
     page.get_by_role("link", name="DOE, JANE").click()
 
     expect(page.get_by_text("Slice 1 of 28")).to_be_visible()
+    page.locator("#viewer[data-slice='1']").wait_for()  # drawn: the viewer listens
     canvas = page.locator("#picture")
     canvas.focus()
     page.keyboard.press("ArrowDown")
