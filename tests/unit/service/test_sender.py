@@ -11,7 +11,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
 from pynetdicom import AE, evt
 
 from service.sender import CannotSend, Sent, dicom_files, send_study
-from service.spool import Arrival, file_header
+from service.spool import file_header
 from tests.receiving import encode, instance, receipts, running
 from tests.servers import free_port
 
@@ -21,20 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning
 
 def write(path: Path, dataset: Dataset) -> Path:
     """The instance as a Part 10 file."""
-    arrival = Arrival(
-        study_uid="",
-        series_uid="",
-        sop_class_uid=str(dataset.SOPClassUID),
-        sop_instance_uid=str(dataset.SOPInstanceUID),
-        transfer_syntax_uid=str(ExplicitVRLittleEndian),
-        modality="",
-        calling_ae="",
-        called_ae="",
-        peer_address="",
-        association_id="",
-    )
+    header = file_header(str(dataset.SOPClassUID), str(dataset.SOPInstanceUID), str(ExplicitVRLittleEndian))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(file_header(arrival) + encode(dataset))
+    path.write_bytes(header + encode(dataset))
     return path
 
 
