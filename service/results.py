@@ -32,8 +32,9 @@ from service.report.source import SourceStudy, read_source
 from service.report.structured_report import build_sr
 from service.report.text_report import build_text_report
 from service.shared import transitions
-from service.shared.db import Analysis, AnalysisState, Instance, Result, ResultState, Study
+from service.shared.db import Analysis, AnalysisState, Result, ResultState, Study
 from service.shared.durable import digest, make_folder, write_durably
+from service.shared.inputs import inputs_of
 from service.shared.log import explain_exception
 from service.shared.messages import AnalysisOutput, RetentionArrays, load_output
 from service.shared.settings import (
@@ -257,18 +258,8 @@ def _run(
 
 
 def _instances(session: Session, analysis: Analysis, spool: Path) -> list[Path]:
-    """The files of the series that was read; of several contents under one UID the last, as the worker does."""
-    rows = session.execute(
-        select(Instance.sop_instance_uid, Instance.path)
-        .where(
-            Instance.study_id == analysis.study_id,
-            Instance.series_uid == analysis.series_uid,
-            Instance.is_image.is_(True),
-            Instance.revision <= analysis.revision,
-        )
-        .order_by(Instance.received_at, Instance.id)
-    )
-    return list({uid: spool / path for uid, path in rows}.values())
+    """The files of the series that was read."""
+    return [spool / one.path for one in inputs_of(session, analysis) if one.series_uid == analysis.series_uid]
 
 
 def _predecessors(session: Session, analysis: Analysis, study: Study) -> tuple[PriorDocument, ...]:

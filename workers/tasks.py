@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 from billiard.exceptions import SoftTimeLimitExceeded
-from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.shared import transitions
-from service.shared.db import Analysis, Instance, Study
+from service.shared.db import Analysis, Study
+from service.shared.inputs import inputs_of
 from service.shared.log import explain_exception
 from service.shared.messages import AnalysisOutput, store_output
 from service.shared.settings import QueueSettings, Settings, spool_folder
@@ -80,33 +80,24 @@ def _claim(sessions: sessionmaker[Session], analysis_id: int, worker: str, queue
 
 
 def request_of(sessions: sessionmaker[Session], analysis_id: int, settings: Settings) -> pipeline.Request:
-    """What to read and how: the image instances up to the analysis' revision, the settings of its route.
+    """What to read and how: the inputs of the analysis, the settings of its route.
 
-    Of several contents under one SOP Instance UID the one received last is read: a sender that repeats a UID
-    with other bytes has corrected it. Raises Refusal when retention removed some: a part of a study is no study.
+    Raises Refusal when retention removed some: a part of a study is no study.
     """
     with sessions() as session:
         analysis = session.get_one(Analysis, analysis_id)
         study = session.get_one(Study, analysis.study_id)
-        rows = session.execute(
-            select(Instance.sop_instance_uid, Instance.path)
-            .where(
-                Instance.study_id == study.id,
-                Instance.is_image.is_(True),
-                Instance.revision <= analysis.revision,
-            )
-            .order_by(Instance.received_at, Instance.id)
-        ).all()
+        inputs = inputs_of(session, analysis)
     spool = spool_folder(settings)
-    last = {row.sop_instance_uid: spool / row.path for row in rows}
-    gone = sum(not path.exists() for path in last.values())
+    paths = tuple(spool / one.path for one in inputs)
+    gone = sum(not path.exists() for path in paths)
     if gone:
-        reason = f"{gone} of {len(last)} images were removed by age; send the whole study again"
+        reason = f"{gone} of {len(paths)} images were removed by age; send the whole study again"
         raise Refusal(RefusalCode.INPUT_REMOVED, reason)
     return pipeline.Request(
         analysis_id=analysis.id,
         study_uid=study.study_uid,
-        paths=tuple(last.values()),
+        paths=paths,
         prompt=analysis.prompt,
         settings=_as_queued(settings, analysis),
     )
