@@ -10,12 +10,14 @@ config = context.config
 
 
 def migrate() -> None:
-    """Run on the connection the caller put into the configuration, or open `sqlalchemy.url`."""
+    """Run on the caller's connection, or open the database of `alembic -x url=...` or of `sqlalchemy.url`."""
     connection = config.attributes.get("connection")
     if connection is not None:
         _run(connection)
         return
-    engine = open_engine(config.get_main_option("sqlalchemy.url") or "")
+    engine = open_engine(
+        context.get_x_argument(as_dictionary=True).get("url") or config.get_main_option("sqlalchemy.url") or ""
+    )
     with engine.connect() as opened:
         _run(opened)
         opened.commit()
