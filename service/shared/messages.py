@@ -179,6 +179,48 @@ class RetentionArrays:
             return cls(**{field.name: arrays[field.name] for field in fields(cls)})
 
 
+class FindingName(StrEnum):
+    """The closed vocabulary of coded findings."""
+
+    NODULE = "nodule"
+    EFFUSION = "effusion"
+    CONSOLIDATION = "consolidation"
+    PNEUMOTHORAX = "pneumothorax"
+    CARDIOMEGALY = "cardiomegaly"
+    CALCIFICATION = "aortic-calcification"
+
+
+class Aspect(StrEnum):
+    """What is asked of a finding."""
+
+    PRESENCE = "presence"  # yes, no
+    SIDE = "side"  # right, left, both
+    ZONE = "zone"  # upper, mid, lower
+    DIAMETER_MM = "diameter-mm"  # of the largest, whole mm
+    SLICE = "slice"  # number of the input that shows it best, from 1
+
+
+class ClosedAnswer(Message):
+    """One closed question, the answer chosen among those allowed, and how probable the model held each.
+
+    probabilities: of every allowed answer, in the order of `answers`; they add up to 1 over the allowed ones.
+    """
+
+    finding: FindingName
+    aspect: Aspect
+    question: str
+    answers: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+    @property
+    def chosen(self) -> str:
+        return self.answers[self.probabilities.index(max(self.probabilities))]
+
+    @property
+    def probability(self) -> float:
+        return max(self.probabilities)
+
+
 class AnalysisOutput(Message):
     """Everything one run of the worker says, and how it came to say it."""
 
@@ -193,6 +235,7 @@ class AnalysisOutput(Message):
     findings: str
     impression: str
     raw_text: str
+    answers: tuple[ClosedAnswer, ...] = ()  # to the closed questions; empty where none was asked
     flags: tuple[Flag, ...]
     notes: tuple[str, ...]  # what the volume's geometry made us say, fit for people, without patient data
     model: ModelIdentity
