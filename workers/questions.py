@@ -39,18 +39,26 @@ _LOCATED = (FindingName.NODULE, FindingName.CONSOLIDATION)
 class Question:
     """One question with its possible answers, in the order of the probabilities that come back."""
 
-    finding: FindingName
+    finding: FindingName | None  # None: about the study as a whole
     aspect: Aspect
     text: str
     answers: tuple[str, ...]
 
 
+_CHEST_CT = Question(None, Aspect.CHEST_CT, "Is this a chest CT? Answer yes or no.", _YES_NO)
+
+
 def questions_about(findings: Sequence[FindingName], slices_shown: Sequence[int]) -> tuple[Question, ...]:
     """Every question about these findings; each stands alone, whatever the answer to another.
 
+    The first asks whether the study is a chest CT at all: where it is not, no answer to the others is reported.
+
     slices_shown: numbers of the inputs that the model was shown, as the prompt names them (from 1).
     """
-    return tuple(question for finding in findings for question in _about(finding, slices_shown))
+    if not findings:
+        return ()
+    asked = (question for finding in findings for question in _about(finding, slices_shown))
+    return (_CHEST_CT, *asked)
 
 
 def _about(finding: FindingName, slices_shown: Sequence[int]) -> Iterator[Question]:

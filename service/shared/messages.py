@@ -191,8 +191,9 @@ class FindingName(StrEnum):
 
 
 class Aspect(StrEnum):
-    """What is asked of a finding."""
+    """What is asked of the study, or of a finding."""
 
+    CHEST_CT = "chest-ct"  # of the study: is it what the closed vocabulary is about? yes, no
     PRESENCE = "presence"  # yes, no
     SIDE = "side"  # right, left, both
     ZONE = "zone"  # upper, mid, lower
@@ -206,7 +207,7 @@ class ClosedAnswer(Message):
     probabilities: of every allowed answer, in the order of `answers`; they add up to 1 over the allowed ones.
     """
 
-    finding: FindingName
+    finding: FindingName | None  # None: about the study as a whole
     aspect: Aspect
     question: str
     answers: tuple[str, ...]

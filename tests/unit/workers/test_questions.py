@@ -9,6 +9,11 @@ def test_every_finding_is_asked_for_by_a_question_of_its_own() -> None:
     assert len({question.text for question in asked}) == len(asked)
 
 
+def test_the_first_question_is_whether_the_study_is_a_chest_ct() -> None:
+    assert questions_about([FindingName.NODULE], [1])[0].aspect is Aspect.CHEST_CT
+    assert questions_about([], [1]) == ()
+
+
 def test_only_slices_that_the_model_was_shown_can_be_chosen() -> None:
     asked = questions_about([FindingName.NODULE], slices_shown=[2, 5, 11])
     (slices,) = [question.answers for question in asked if question.aspect is Aspect.SLICE]
