@@ -47,7 +47,7 @@ from service.broker import NoRedisServer
 from service.demo import run_demo
 from service.receiver import Receiver
 from service.report import validation
-from service.shared import VERSION, audit, schema
+from service.shared import VERSION, audit, schema, transitions
 from service.shared.audit import AuditKind
 from service.shared.db import Study, open_engine, open_sessions
 from service.shared.log import set_up_logging
@@ -362,6 +362,52 @@ def requeue(
             raise _fail(str(error)) from error
         done = commands.requeue(session, found, settings, again=again, now=datetime.now(UTC), actor=_user())
     typer.echo("; ".join(done) or "nothing to resume; --again runs it once more")
+
+
+@app.command()
+def resend(
+    study: Annotated[str, typer.Argument(help="Study Instance UID, number in `history`, or accession number.")],
+    config: ConfigOption = None,
+    to: Annotated[str | None, typer.Option(help="A [[destination]] name; where they went without it.")] = None,
+) -> None:
+    """Send a study's stored results once more, byte for byte; nothing is read or built again."""
+    settings = _load(config)
+    with _reading(settings).begin() as session:
+        try:
+            done = commands.resend(
+                session, _study(session, study), settings, to=to, now=datetime.now(UTC), actor=_user()
+            )
+        except commands.CannotResend as error:
+            raise _fail(str(error)) from error
+    typer.echo("; ".join(done) or "it went to no destination that is still configured; --to names one")
+
+
+@app.command()
+def pause(
+    destination: Annotated[str, typer.Argument(help="A [[destination]] name.")], config: ConfigOption = None
+) -> None:
+    """Stop sending to a destination, until `resume`; its deliveries wait, also over a restart."""
+    _set_standing(destination, config, paused=True)
+
+
+@app.command()
+def resume(
+    destination: Annotated[str, typer.Argument(help="A [[destination]] name.")], config: ConfigOption = None
+) -> None:
+    """Take up sending to a paused destination."""
+    _set_standing(destination, config, paused=False)
+
+
+def _set_standing(destination: str, config: Path | None, *, paused: bool) -> None:
+    settings = _load(config)
+    known = [one.name for one in settings.destination]
+    if destination not in known:
+        raise _fail(f"no [[destination]] is called {destination!r}; known: {', '.join(known) or 'none'}")
+    change = transitions.pause_destination if paused else transitions.resume_destination
+    with _reading(settings).begin() as session:
+        changed = change(session, destination, now=datetime.now(UTC), actor=_user())
+    word = "paused" if paused else "not paused"
+    typer.echo(f"{destination} is {word}" if changed else f"{destination} was {word} already")
 
 
 @app.command()

@@ -10,8 +10,21 @@ from sqlalchemy.orm import Session
 from service.dispatch import new_analysis
 from service.shared import audit, transitions
 from service.shared.audit import AuditKind
-from service.shared.db import Analysis, AnalysisState, Delivery, DeliveryState, Result, Study, StudyState
+from service.shared.db import (
+    Analysis,
+    AnalysisState,
+    Delivery,
+    DeliveryState,
+    Result,
+    ResultState,
+    Study,
+    StudyState,
+)
 from service.shared.settings import Settings, routes
+
+
+class CannotResend(Exception):
+    """Nothing can be sent again; the message says why."""
 
 
 def requeue(session: Session, study: Study, settings: Settings, *, again: bool, now: datetime, actor: str) -> list[str]:
@@ -46,6 +59,46 @@ def requeue(session: Session, study: Study, settings: Settings, *, again: bool, 
                 transitions.queue_analysis(session, analysis, now=now, actor=actor)
                 done.append(f"route {route.name} queued as run {analysis.run_number}")
     return done
+
+
+def resend(
+    session: Session, study: Study, settings: Settings, *, to: str | None, now: datetime, actor: str
+) -> list[str]:
+    """Send the stored results of the study's newest finished analyses once more: to where they went, or `to` one
+    destination. Says what was done; CannotResend when there is nothing that could be sent."""
+    known = {one.name for one in settings.destination}
+    if to is not None and to not in known:
+        raise CannotResend(f"no [[destination]] is called {to!r}; known: {', '.join(sorted(known)) or 'none'}")
+    results = session.scalars(
+        select(Result)
+        .join(Analysis, Analysis.id == Result.analysis_id)
+        .where(Analysis.id.in_(_newest_done(session, study)), Result.state == ResultState.BUILT)
+        .order_by(Result.id)
+    ).all()
+    if not results:
+        raise CannotResend("this study has no result that was built for sending; see `show`")
+    done, gone = [], 0
+    for result in results:
+        if not (settings.data.path / result.path).exists():
+            gone += 1
+            continue
+        went = set(session.scalars(select(Delivery.destination).where(Delivery.result_id == result.id)))
+        for name in sorted({to} if to is not None else went & known):
+            if transitions.resend_result(session, result.id, name, now=now, actor=actor) is not None:
+                done.append(f"{result.kind} is on its way to {name}")
+    if gone == len(results):
+        raise CannotResend("the stored results have been removed ([data] keep_days); `requeue --again` makes new ones")
+    return done
+
+
+def _newest_done(session: Session, study: Study) -> list[int]:
+    """Of each route, its newest analysis that has results."""
+    rows = session.execute(
+        select(Analysis.id, Analysis.route)
+        .where(Analysis.study_id == study.id, Analysis.state == AnalysisState.DONE)
+        .order_by(Analysis.id)
+    )
+    return list({route: analysis_id for analysis_id, route in rows}.values())
 
 
 def cancel(session: Session, study: Study, *, now: datetime, actor: str) -> int:

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any, cast
 
 from sqlalchemy import CursorResult, Update, and_, or_, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.shared import audit
@@ -477,16 +478,17 @@ def _add_result(
         sop_instance_uid=result.sop_instance_uid,
         sha256=result.sha256,
     )
-    session.add_all(
-        Delivery(
-            result_id=result.id,
-            destination=name,
-            state=DeliveryState.PENDING,
-            attempts=0,
-            next_attempt_at=now,
-            created_at=now,
-        )
-        for name in destinations
+    session.add_all(_pending(result.id, name, now) for name in destinations)
+
+
+def _pending(result_id: int, destination: str, now: datetime) -> Delivery:
+    return Delivery(
+        result_id=result_id,
+        destination=destination,
+        state=DeliveryState.PENDING,
+        attempts=0,
+        next_attempt_at=now,
+        created_at=now,
     )
 
 
@@ -563,13 +565,44 @@ def resend_delivery(session: Session, delivery_id: int, *, now: datetime, actor:
     return _send_again(session, delivery_id, closed, now=now, actor=actor)
 
 
-def pause_destination(session: Session, name: str, *, paused: bool, now: datetime, actor: str) -> bool:
-    """Stop or take up sending to a configured destination, by a command; False when it stood so already."""
+def resend_result(session: Session, result_id: int, destination: str, *, now: datetime, actor: str) -> int | None:
+    """A built result to a destination, by a command: its delivery there is due at once, again or for the first time.
+
+    The delivery's row id; None for a result that is quarantined and never sent. The caller sees to it that the
+    destination is configured and the stored bytes are still there.
+    """
+    built = session.scalars(select(Result).where(Result.id == result_id, Result.state == ResultState.BUILT)).first()
+    if built is None:
+        return None
+    here = select(Delivery.id).where(Delivery.result_id == result_id, Delivery.destination == destination)
+    known = session.scalars(here).first()
+    if known is not None:  # whatever its state: one that waits for its next attempt need not wait
+        return known if _send_again(session, known, tuple(DeliveryState), now=now, actor=actor) else None
+    delivery = _pending(result_id, destination, now)
+    try:
+        with session.begin_nested():
+            session.add(delivery)
+    except IntegrityError:  # somebody else was first
+        return None
+    _note_requeued(session, delivery, now, actor)
+    return delivery.id
+
+
+def pause_destination(session: Session, name: str, *, now: datetime, actor: str) -> bool:
+    """Stop sending to a destination, by a command; its deliveries wait. False when it is paused already."""
+    return _set_paused(session, name, True, AuditKind.DESTINATION_PAUSED, now, actor)
+
+
+def resume_destination(session: Session, name: str, *, now: datetime, actor: str) -> bool:
+    """Take up sending to a destination, by a command. False when it was not paused."""
+    return _set_paused(session, name, False, AuditKind.DESTINATION_RESUMED, now, actor)
+
+
+def _set_paused(session: Session, name: str, paused: bool, kind: AuditKind, now: datetime, actor: str) -> bool:
     standing = session.get(Destination, name)
     if (standing is not None and standing.paused) is paused:
         return False
     session.merge(Destination(name=name, paused=paused, changed_at=now))
-    kind = AuditKind.DESTINATION_PAUSED if paused else AuditKind.DESTINATION_RESUMED
     audit.append(session, kind, now=now, actor=actor, destination=name)
     return True
 
@@ -584,20 +617,23 @@ def _send_again(
         .values(state=DeliveryState.PENDING, attempts=0, next_attempt_at=now, delivered_at=None),
     )
     if changed:
-        delivery = session.get_one(Delivery, delivery_id, populate_existing=True)
-        study_id, analysis_id = _analysed(session, delivery.result_id)
-        audit.append(
-            session,
-            AuditKind.DELIVERY_REQUEUED,
-            now=now,
-            actor=actor,
-            study_id=study_id,
-            analysis_id=analysis_id,
-            result_id=delivery.result_id,
-            delivery_id=delivery_id,
-            destination=delivery.destination,
-        )
+        _note_requeued(session, session.get_one(Delivery, delivery_id, populate_existing=True), now, actor)
     return changed
+
+
+def _note_requeued(session: Session, delivery: Delivery, now: datetime, actor: str) -> None:
+    study_id, analysis_id = _analysed(session, delivery.result_id)
+    audit.append(
+        session,
+        AuditKind.DELIVERY_REQUEUED,
+        now=now,
+        actor=actor,
+        study_id=study_id,
+        analysis_id=analysis_id,
+        result_id=delivery.result_id,
+        delivery_id=delivery.id,
+        destination=delivery.destination,
+    )
 
 
 # --- inside ---------------------------------------------------------------------------------------------------------

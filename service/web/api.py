@@ -380,7 +380,8 @@ def put_destination(
     if name not in {one.name for one in web.settings.destination}:
         raise HTTPException(404, "no [[destination]] has this name")
     with web.sessions.begin() as session:
-        changed = transitions.pause_destination(session, name, paused=standing.paused, now=web.clock(), actor=who.actor)
+        change = transitions.pause_destination if standing.paused else transitions.resume_destination
+        changed = change(session, name, now=web.clock(), actor=who.actor)
     return Done(done=[f"{name} is {'paused' if standing.paused else 'resumed'}"] if changed else [])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,3 +198,55 @@ def test_cancel_ends_what_waits_and_lets_the_rest_finish(sessions: sessionmaker[
 
     assert [state for _, _, state in states(sessions)] == ["cancelled", "cancelled", "running", "queued"]
     assert kinds(sessions, actor=USER) == ["analysis-cancelled"] * 2
+
+
+def resend(sessions: sessionmaker[Session], study_id: int, folder: Path, to: str | None = None) -> list[str]:
+    destinations = [{"name": name, "ae_title": "PACS", "host": "pacs", "port": 104} for name in ("a", "b")]
+    settings = Settings.model_validate({"data": {"path": folder}, "destination": destinations})
+    with sessions.begin() as session:
+        return commands.resend(session, session.get_one(Study, study_id), settings, to=to, now=after(500), actor=USER)
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A data folder with the bytes of a result in it."""
+    (tmp_path / "outbox").mkdir()
+    (tmp_path / "outbox" / "1.dcm").write_bytes(b"result")
+    return tmp_path
+
+
+def test_results_are_sent_again_to_where_they_went(sessions: sessionmaker[Session], stored: Path) -> None:
+    """Of the destinations that are still configured."""
+    study_id = add_study(sessions)
+    first, gone = add_deliveries(sessions, study_id, "a", "no-more")
+    for one in (first, gone):
+        with sessions.begin() as session:
+            row = session.get_one(Delivery, one)
+            transitions.close_delivered(session, row, status=0, note=None, now=NOW, actor="x")
+
+    assert resend(sessions, study_id, stored) == ["sr-comprehensive3d is on its way to a"]
+
+    assert get(sessions, Delivery, first).state is DeliveryState.PENDING
+    assert get(sessions, Delivery, gone).state is DeliveryState.DELIVERED
+    assert kinds(sessions, actor=USER) == ["delivery-requeued"]
+
+
+def test_results_are_sent_to_a_destination_that_is_named(sessions: sessionmaker[Session], stored: Path) -> None:
+    """Also where they never went."""
+    study_id = add_study(sessions)
+    add_deliveries(sessions, study_id, "a")
+
+    assert resend(sessions, study_id, stored, "b") == ["sr-comprehensive3d is on its way to b"]
+
+
+def test_resend_says_why_nothing_can_be_sent(sessions: sessionmaker[Session], stored: Path, tmp_path: Path) -> None:
+    """An unknown destination, no result yet, results removed by age."""
+    study_id = add_study(sessions)
+    with pytest.raises(commands.CannotResend, match="no result that was built"):
+        resend(sessions, study_id, stored)
+    add_deliveries(sessions, study_id, "a")
+    with pytest.raises(commands.CannotResend, match=r"no \[\[destination\]\] is called 'c'; known: a, b"):
+        resend(sessions, study_id, stored, "c")
+    (stored / "outbox" / "1.dcm").unlink()
+    with pytest.raises(commands.CannotResend, match="have been removed"):
+        resend(sessions, study_id, stored)

@@ -19,6 +19,7 @@ from service.shared.db import (
     AuditEvent,
     Delivery,
     DeliveryState,
+    Destination,
     ReportText,
     Result,
     ResultState,
@@ -498,6 +499,60 @@ def test_rejected_delivery_is_resumed_by_a_command(sessions: sessionmaker[Sessio
 
     row = get(sessions, Delivery, delivery.id)
     assert (row.state, row.attempts, row.next_attempt_at) == (DeliveryState.PENDING, 0, after(9))
+
+
+@pytest.mark.parametrize("before", [postpone, reject, deliver])
+def test_result_is_sent_again_by_a_command_whatever_became_of_it(
+    sessions: sessionmaker[Session], delivery: Delivery, before: Callable[..., bool]
+) -> None:
+    """Due at once with fresh attempts, also where it waited for its next one."""
+    assert before(sessions, delivery)
+
+    with sessions.begin() as session:
+        again = transitions.resend_result(session, delivery.result_id, "pacs", now=after(9), actor="cli/somebody")
+
+    row = get(sessions, Delivery, delivery.id)
+    assert again == delivery.id
+    assert (row.state, row.attempts, row.next_attempt_at) == (DeliveryState.PENDING, 0, after(9))
+    assert event(sessions, "delivery-requeued").actor == "cli/somebody"
+
+
+def test_result_is_sent_to_another_destination_by_a_command(
+    sessions: sessionmaker[Session], delivery: Delivery
+) -> None:
+    """A delivery of its own; the first one stays as it was."""
+    with sessions.begin() as session:
+        made = transitions.resend_result(session, delivery.result_id, "archive", now=after(9), actor="cli/somebody")
+
+    row = get(sessions, Delivery, made)
+    assert (row.destination, row.state, row.next_attempt_at) == ("archive", DeliveryState.PENDING, after(9))
+    assert get(sessions, Delivery, delivery.id).attempts == 0
+    assert event(sessions, "delivery-requeued").detail == {"destination": "archive"}
+
+
+def test_quarantined_result_is_never_sent_by_a_command(sessions: sessionmaker[Session], study_id: int) -> None:
+    """The gate stands above commands."""
+    analysis_id = add_analysis(sessions, study_id, run_number=9)
+    read(sessions, analysis_id)
+    assert finish(sessions, analysis_id, (result(analysis_id, state=ResultState.QUARANTINED), ["pacs"]))
+    with sessions.begin() as session:
+        (result_id,) = session.scalars(select(Result.id).where(Result.analysis_id == analysis_id))
+        assert transitions.resend_result(session, result_id, "pacs", now=NOW, actor=ACTOR) is None
+
+
+def test_destination_is_paused_and_resumed_once(sessions: sessionmaker[Session]) -> None:
+    """Who did it is on record; a second time changes nothing and adds no event."""
+    with sessions.begin() as session:
+        assert not transitions.resume_destination(session, "pacs", now=NOW, actor=ACTOR)
+        assert transitions.pause_destination(session, "pacs", now=NOW, actor="cli/somebody")
+        assert not transitions.pause_destination(session, "pacs", now=NOW, actor="cli/other")
+    assert get(sessions, Destination, "pacs").paused
+
+    with sessions.begin() as session:
+        assert transitions.resume_destination(session, "pacs", now=after(9), actor="cli/other")
+    assert not get(sessions, Destination, "pacs").paused
+    assert event(sessions, "destination-paused").actor == "cli/somebody"
+    assert event(sessions, "destination-resumed").actor == "cli/other"
 
 
 @pytest.mark.parametrize("close", [deliver, postpone, reject])
