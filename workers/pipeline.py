@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -15,7 +16,9 @@ from service.shared.durable import digest
 from service.shared.messages import (
     TOKEN_CODES,
     AnalysisOutput,
+    ClosedAnswer,
     Counts,
+    FindingName,
     Flag,
     RegionCoverage,
     Retention,
@@ -28,6 +31,7 @@ from service.shared.settings import PruningMethod, PruningSettings, Settings
 from workers.demo_model.inputs import prepare_for_demonstration
 from workers.guide import Guide
 from workers.preprocess import Prepared, prepare
+from workers.questions import questions_about
 from workers.sections import Sections, parse
 from workers.series import Choice, choose, read_headers
 from workers.vlm import Generation, VisionLanguageModel
@@ -56,6 +60,7 @@ class Request:
     paths: tuple[Path, ...]
     prompt: str
     settings: Settings
+    findings: tuple[FindingName, ...] = ()  # about which closed questions follow the report
 
 
 def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, bytes]:
@@ -80,6 +85,7 @@ def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, 
         max_new_tokens=settings.model.max_new_tokens,
         dropped=DroppedSlices(settings.pruning.dropped_slices),
         guide=guide,
+        questions=partial(questions_about, request.findings) if request.findings else None,
     )
     clock.seconds |= generation.timings_s
     sections = parse(generation.text.replace("\0", ""))  # PostgreSQL keeps no NUL, and no report needs one
@@ -131,6 +137,7 @@ def _output(
         findings=sections.findings,
         impression=sections.impression,
         raw_text=generation.text.replace("\0", ""),
+        answers=_answers(generation),
         flags=tuple(dict.fromkeys(flags)),
         notes=(*volume.notes, *_remarks(guide, request.settings.pruning)),
         model=model.identity,
@@ -144,6 +151,19 @@ def _output(
         software_version=VERSION,
         retention=_retention(prepared, guide, generation),
         arrays_sha256=digest(arrays),
+    )
+
+
+def _answers(generation: Generation) -> tuple[ClosedAnswer, ...]:
+    return tuple(
+        ClosedAnswer(
+            finding=question.finding,
+            aspect=question.aspect,
+            question=question.text,
+            answers=question.answers,
+            probabilities=probabilities,
+        )
+        for question, probabilities in zip(generation.questions, generation.answers, strict=True)
     )
 
 

@@ -72,8 +72,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         bos_token="<bos>",
         unk_token="<unk>",
-        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
-        extra_special_tokens=dict(_IMAGE),
+        extra_special_tokens={**_IMAGE, "start_of_turn_token": "<start_of_turn>", "end_of_turn_token": "<end_of_turn>"},
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )

@@ -5,6 +5,7 @@ Importing this package loads neither torch nor transformers; opening a model doe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from service.shared.messages import Flag, ModelIdentity
 from service.shared.settings import ModelSettings, PruningSettings
 from workers.guide import Guide
+from workers.questions import Question
 from workers.vlm.prompt import DroppedSlices
 
 
@@ -40,6 +42,7 @@ class Generation:
     merged_into: (I, n) int32, token of the same input, -1 where not merged.
     scores: (I, n) float32, attention received (averages 1 per input); NaN where not scored.
     timings_s: step -> seconds, in the order of the way.
+    answers: per question, how probable each of its answers is, in their order; they add up to 1.
     """
 
     text: str
@@ -54,6 +57,8 @@ class Generation:
     counts: TokenCounts
     timings_s: dict[str, float]
     memory_peak_bytes: int
+    questions: tuple[Question, ...] = ()
+    answers: tuple[tuple[float, ...], ...] = ()
 
 
 class VisionLanguageModel(Protocol):
@@ -81,11 +86,14 @@ class VisionLanguageModel(Protocol):
         max_new_tokens: int,
         dropped: DroppedSlices = DroppedSlices.OMIT,
         guide: Guide | None = None,
+        questions: Callable[[Sequence[int]], Sequence[Question]] | None = None,
     ) -> Generation:
         """Read one study.
 
         images: (I, H, W, 3), the inputs in stack order. Greedy: the same inputs give the same text.
         guide: of the same inputs, for method `guarded`; without it that method knows of attention alone.
+        questions: given the numbers of the inputs kept (from 1, as the prompt names them), what to ask after the
+            report; each as if it alone followed the report.
         Refusal CONTEXT_TOO_LONG when what is left after pruning does not fit the model.
         """
         ...

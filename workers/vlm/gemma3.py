@@ -54,6 +54,14 @@ class Gemma3(Host):
         return int(self.model.config.image_token_id)
 
     @property
+    def words(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def template(self) -> Any:
+        return self.processor
+
+    @property
     def watched_layer(self) -> nn.Module:
         layer: nn.Module = self.model.model.vision_tower.encoder.layers[-1].self_attn
         return layer

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from service.shared.messages import TOKEN_CODES, Flag, ModelIdentity, TokenState
-from service.shared.settings import PruningMethod, PruningSettings
+from service.shared.settings import ConfigurationError, PruningMethod, PruningSettings
 from workers.errors import Refusal, RefusalCode
 from workers.guide import Guide
 from workers.pruning import guarded
@@ -29,7 +29,9 @@ from workers.pruning.groups import group_mean
 from workers.pruning.guarded import Guards, keep_with_gap_cap
 from workers.pruning.slices import SliceChoice, keep_all, keep_changed
 from workers.pruning.tokens import Reduced, contextual_count, keep_every_token, reduce_tokens
+from workers.questions import Question
 from workers.vlm import Generation, TokenCounts
+from workers.vlm.choice import Choice, Said, can_be_shared, copied, distinct, probabilities
 from workers.vlm.folder import Opened
 from workers.vlm.memory import peak_bytes, start_peak
 from workers.vlm.prompt import DroppedSlices
@@ -85,6 +87,20 @@ class PrunedPrompt:
     positions: Tensor | None  # (3, L')
     features: Tensor  # (kept, c)
     deepstack: tuple[Tensor, ...]  # each (kept, c)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoded:
+    """What was generated for some studies together.
+
+    tokens: per study, up to its own end, end included.
+    cache: keys and values of prompt and report, without the report's last token.
+    """
+
+    tokens: list[Tensor]
+    cache: Any
+    prefill_s: float
+    decode_s: float
 
 
 class Host(ABC):
@@ -147,6 +163,25 @@ class Host(ABC):
     def arguments(self, prompts: Sequence[PrunedPrompt]) -> dict[str, Any]:
         """Return what forward() and generate() take for some studies, padded on the left."""
 
+    @property
+    @abstractmethod
+    def words(self) -> Any:
+        """The tokenizer."""
+
+    @property
+    def template(self) -> Any:
+        """Who applies the chat template."""
+        return self.words
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What the chat template of this architecture needs to be told."""
+        return {}
+
+    def positions_after(self, prompt: PrunedPrompt, length: int, more: int) -> Tensor:
+        """Return the positions of `more` tokens that follow `length` others, of which the first are the prompt."""
+        return torch.arange(length, length + more)[None]
+
     def forget(self) -> None:  # noqa: B027  # most stock classes keep nothing
         """Clear what the stock class keeps of a request."""
 
@@ -164,6 +199,7 @@ class Host(ABC):
         max_new_tokens: int,
         dropped: DroppedSlices = DroppedSlices.OMIT,
         guide: Guide | None = None,
+        questions: Callable[[Sequence[int]], Sequence[Question]] | None = None,
     ) -> Generation:
         """See VisionLanguageModel.read."""
         start_peak(self.opened.device)
@@ -173,16 +209,23 @@ class Host(ABC):
         with self._timed(timings, "slice_stage"):
             choice = choose_slices(prepared.pixels, pruning, guide)
             asked = self.ask(prompt, prepared, choice, dropped)
+            closed = () if questions is None else tuple(questions((choice.kept.nonzero().flatten() + 1).tolist()))
+            choices = [self.choice_of(question) for question in closed]
         self._require_room(asked, prepared, choice, pruning, max_new_tokens)
         with self._timed(timings, "vision"):
             encoded = self.encode(prepared, choice.kept, self.groups(prepared), scored=is_scored(pruning))
         with self._timed(timings, "token_stage"):
             reduced = choose_tokens(encoded, pruning, guards(guide, pruning, choice, self.token_grid(prepared)))
             pruned = prune(asked, self.placeholder, reduced, encoded.deepstack)
-        self._require_context(len(pruned.input_ids), max_new_tokens)
-        tokens, witness = self.decode([pruned], max_new_tokens)
-        timings |= {"prefill": witness.prefill_s, "decode": witness.decode_s}
-        return self._generation(prepared, choice, reduced, asked, tokens[0], timings)
+        turn = max((one.longest for one in choices), default=0)
+        self._require_context(len(pruned.input_ids), max_new_tokens + turn)
+        decoded = self.decode([pruned], max_new_tokens)
+        timings |= {"prefill": decoded.prefill_s, "decode": decoded.decode_s}
+        answers: tuple[tuple[float, ...], ...] = ()
+        if closed:
+            with self._timed(timings, "questions"):
+                answers = self.answer(pruned, decoded.tokens[0], choices, decoded.cache)
+        return self._generation(prepared, choice, reduced, asked, decoded.tokens[0], closed, answers, timings)
 
     def encode(self, prepared: Prepared, kept: Tensor, groups: Tensor, *, scored: bool) -> Encoded:
         """Run the tower over the kept inputs, a few at a time, and score their patches where asked to.
@@ -214,8 +257,8 @@ class Host(ABC):
             keys=torch.cat(mean_keys) if scored else None,
         )
 
-    def decode(self, prompts: Sequence[PrunedPrompt], max_new_tokens: int) -> tuple[list[Tensor], Witness]:
-        """Generate greedily for some studies together; each study's tokens up to its own end, end included."""
+    def decode(self, prompts: Sequence[PrunedPrompt], max_new_tokens: int) -> Decoded:
+        """Generate greedily for some studies together."""
         ends = self._ends()
         witness = Witness(self._now)
         arguments = self.arguments(prompts)
@@ -228,8 +271,76 @@ class Host(ABC):
         finally:
             self.forget()
         witness.finish()
-        generated = output[:, arguments["input_ids"].shape[1] :].cpu()
-        return [_up_to_end(row, ends) for row in generated], witness
+        generated = output.sequences[:, arguments["input_ids"].shape[1] :].cpu()
+        tokens = [_up_to_end(row, ends) for row in generated]
+        return Decoded(tokens, output.past_key_values, witness.prefill_s, witness.decode_s)
+
+    def choice_of(self, question: Question) -> Choice:
+        """Build the turn of a closed question, as the model's own chat template has it after a report.
+
+        ConfigurationError when the model's words cannot tell the answers apart.
+        """
+        report = "Findings: none."  # stands for any; what follows it does not depend on it
+        turns = [("user", "Read."), ("assistant", report), ("user", question.text)]
+        text = self.template.apply_chat_template(
+            [{"role": role, "content": [{"type": "text", "text": words}]} for role, words in turns],
+            tokenize=False,
+            add_generation_prompt=True,
+            **self.template_options,
+        )
+        _, found, turn = text.partition(report)
+        turn_ids = self.words(turn, add_special_tokens=False)["input_ids"]
+        if not found or not turn_ids or turn_ids[0] not in {*self._ends(), *self.words.all_special_ids}:
+            raise ConfigurationError(
+                f"[model] path: the chat template of {self.opened.folder} does not end a report with a special token, "
+                "so closed questions cannot follow it"
+            )
+        answers = [self.words(answer, add_special_tokens=False)["input_ids"] for answer in question.answers]
+        if not distinct(answers):
+            raise ConfigurationError(
+                f"[model] path: the tokenizer of {self.opened.folder} cannot tell apart the answers "
+                f"{', '.join(question.answers)}"
+            )
+        return Choice(tuple(turn_ids), tuple(map(tuple, answers)), turn_ids[0])
+
+    @torch.inference_mode()
+    def answer(
+        self, prompt: PrunedPrompt, report: Tensor, choices: Sequence[Choice], cache: Any = None
+    ) -> tuple[tuple[float, ...], ...]:
+        """Weigh the answers to each question as if it alone had been asked right after the report.
+
+        report: its tokens, with or without an end. cache: of decode() for this study alone; without it the prompt
+        is read once more.
+        """
+        words = report[:-1] if len(report) and int(report[-1]) in self._ends() else report
+        held = len(prompt.input_ids) + len(report) - 1
+
+        def forward(ids: Tensor, length: int, cache: Any, last: int) -> tuple[Tensor, Any]:
+            rows, more = ids.shape
+            positions = self.positions_after(prompt, length, more)
+            output = self.model(
+                input_ids=ids.to(self.opened.device),
+                attention_mask=torch.ones(rows, length + more, dtype=torch.long, device=self.opened.device),
+                position_ids=positions.expand(*positions.shape[:-2], rows, more).to(self.opened.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=last,
+            )
+            return output.logits[:, -last:], output.past_key_values  # VideoLlama3 gives all, whatever is asked
+
+        try:
+            if can_be_shared(cache) and cache.get_seq_length() == held:
+                said = Said(cache, held)
+            else:
+                output = self.model(**self.arguments([prompt]), use_cache=True, logits_to_keep=1)
+                said = Said(output.past_key_values, len(prompt.input_ids))
+            missing = words[said.length - len(prompt.input_ids) :]
+            if len(missing):  # the last token of a report that was cut, or all of it
+                _, cache = forward(missing[None], said.length, copied(said.cache, 1), 1)
+                said = Said(cache, said.length + len(missing))
+            return tuple(probabilities(forward, said, choice) for choice in choices)
+        finally:
+            self.forget()
 
     def _ends(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
@@ -269,6 +380,8 @@ class Host(ABC):
         reduced: Reduced,
         asked: Prompt,
         tokens: Tensor,
+        questions: tuple[Question, ...],
+        answers: tuple[tuple[float, ...], ...],
         timings: dict[str, float],
     ) -> Generation:
         kept = choice.kept.numpy()
@@ -304,6 +417,8 @@ class Host(ABC):
             ),
             timings_s=timings,
             memory_peak_bytes=peak_bytes(self.opened.device),
+            questions=questions,
+            answers=answers,
         )
 
     def _now(self) -> float:
@@ -365,6 +480,7 @@ def greedy(max_new_tokens: int, ends: Sequence[int], pad: int) -> GenerationConf
         eos_token_id=list(ends) or None,
         pad_token_id=pad,
         use_cache=True,
+        return_dict_in_generate=True,
     )
 
 

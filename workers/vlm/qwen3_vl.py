@@ -40,6 +40,10 @@ class Qwen3VL(Host):
         return int(self.model.config.image_token_id)
 
     @property
+    def words(self) -> Any:
+        return self.tokenizer
+
+    @property
     def watched_layer(self) -> nn.Module:
         layer: nn.Module = self.model.model.visual.blocks[-1].attn
         return layer
@@ -113,6 +117,14 @@ class Qwen3VL(Host):
             "position_ids": torch.cat([order[None], space]).to(device),
             "mm_encoder_outputs": {"image": features},
         }
+
+    def positions_after(self, prompt: PrunedPrompt, length: int, more: int) -> Tensor:
+        """Text goes on after the last position of the prompt, one by one in time, height and width alike."""
+        order = super().positions_after(prompt, length, more)
+        if prompt.positions is None:
+            raise ValueError("a prompt of this host has positions")
+        space = order - len(prompt.input_ids) + 1 + prompt.positions[:, -1:]
+        return torch.stack([order, *space[:, None]])
 
     def forget(self) -> None:
         self.model.model.rope_deltas = None  # the stock class keeps them from one call to the next

@@ -62,6 +62,15 @@ class VideoLlama3(Host):
         return int(self.model.config.image_token_id)
 
     @property
+    def words(self) -> Any:
+        return self.tokenizer
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        token = self.tokenizer.convert_ids_to_tokens(self.placeholder)
+        return {"image_token": token, "add_system_prompt": False}
+
+    @property
     def watched_layer(self) -> nn.Module:
         layer: nn.Module = self.model.model.vision_model.encoder.layers[-1].self_attn
         return layer
@@ -86,14 +95,13 @@ class VideoLlama3(Host):
     def ask(self, question: str, prepared: Prepared, choice: SliceChoice, dropped: DroppedSlices) -> Prompt:
         """A video of the kept slices, then the question; slices have no names here."""
         frames, tokens = int(choice.kept.sum()), self.groups(prepared).shape[0]
-        token = self.tokenizer.convert_ids_to_tokens(self.placeholder)
+        token = self.template_options["image_token"]
         content = [{"type": "video", "num_frames": frames}, {"type": "text", "text": question}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             tokenize=False,
             add_generation_prompt=True,
-            image_token=token,
-            add_system_prompt=False,
+            **self.template_options,
         )
         text = expand(text, token, frames, tokens)
         return Prompt(self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0])

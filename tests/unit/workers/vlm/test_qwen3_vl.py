@@ -88,8 +88,8 @@ def test_batch_of_studies_equals_single_ones(model: Qwen3VL) -> None:
             encoded = model.encode(prepared, choice.kept, model.groups(prepared), scored=scored)
             asked = model.ask("Why?", prepared, choice, DroppedSlices.OMIT)
             prompts.append(prune(asked, model.placeholder, choose_tokens(encoded, settings), encoded.deepstack))
-        together, _ = model.decode(prompts, 8)
-        alone = [model.decode([prompt], 8)[0][0] for prompt in prompts]
+        together = model.decode(prompts, 8).tokens
+        alone = [model.decode([prompt], 8).tokens[0] for prompt in prompts]
 
     assert [tokens.tolist() for tokens in together] == [tokens.tolist() for tokens in alone]
 

@@ -97,8 +97,8 @@ def test_batch_of_studies_equals_single_ones(stock: Host) -> None:
             encoded = stock.encode(prepared, keep_all(count).kept, stock.groups(prepared), scored=True)
             asked = stock.ask("Why?", prepared, keep_all(count), DroppedSlices.OMIT)
             prompts.append(prune(asked, stock.placeholder, choose_tokens(encoded, PRUNED), ()))
-        together, _ = stock.decode(prompts, 8)
-        alone = [stock.decode([prompt], 8)[0][0] for prompt in prompts]
+        together = stock.decode(prompts, 8).tokens
+        alone = [stock.decode([prompt], 8).tokens[0] for prompt in prompts]
 
     assert [tokens.tolist() for tokens in together] == [tokens.tolist() for tokens in alone]
 
