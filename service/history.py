@@ -10,6 +10,7 @@ from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from service import chain
+from service.shared import heartbeat
 from service.shared.db import (
     Analysis,
     AnalysisState,
@@ -60,6 +61,7 @@ def status(session: Session, destinations: Sequence[DestinationSettings], now: d
             "waiting": behind.waiting,
             "lag_s": _age_s(behind.oldest_waiting_at, now) or 0,
         },
+        "workers": heartbeat.workers(session, now),
         "destinations": [
             {
                 "name": one.name,

@@ -80,6 +80,10 @@ def print_status(console: Console, status: Row) -> None:
     behind = f", {audit['waiting']} not yet (the oldest {audit['lag_s']} s)" if audit["waiting"] else ""
     table.add_row("audit chain", f"{audit['chained']} events{behind}")
     console.print(table)
+    for one in status["workers"]:
+        console.print(f"worker {one['worker']}: {_worker(one)}", markup=False, emoji=False, highlight=False)
+    if not status["workers"]:
+        console.print("No worker is there: what is received waits. `./run worker` starts one.", markup=False)
     if not status["destinations"]:
         console.print("No [[destination]] is configured: results are kept and sent nowhere.", markup=False)
     for one in status["destinations"]:
@@ -94,6 +98,21 @@ def print_status(console: Console, status: Row) -> None:
             f'destination {name}: not in the configuration, {waiting} waiting; add [[destination]] name = "{name}"',
             markup=False,
         )
+
+
+def _worker(one: Row) -> str:
+    """On what, with which model, doing what; a silent worker says since when."""
+    memory = ""
+    if one["memory_bytes"]:
+        memory = f", {one['memory_used_bytes'] / 1e9:.1f} of {one['memory_bytes'] / 1e9:.1f} GB used"
+    device = (
+        f"{one['device_name']} ({one['device']}){memory}" if one["device_name"] else one["device"] or "unknown device"
+    )
+    model = f"model {one['model']}" if one["model"] else "no model loaded"
+    doing = "idle" if one["study_id"] is None else f"reads study {one['study_id']} for {one['running_s']} s"
+    if one["silent"]:
+        doing = "SILENT" + (f" since {one['seen_at']:%Y-%m-%d %H:%M:%S} UTC" if one["seen_at"] else "") + f", {doing}"
+    return f"{device}, {model}, {doing}"
 
 
 def print_history(console: Console, rows: list[Row]) -> None:

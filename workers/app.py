@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from celery import Celery
-from celery.signals import worker_process_init
+from celery.signals import worker_process_init, worker_process_shutdown
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.shared.db import open_engine, open_sessions
 from service.shared.log import explain_exception, set_up_logging
 from service.shared.queue import TASK_READ_STUDY, celery_options
 from service.shared.settings import ModelSettings, Settings, database_url
+from workers.presence import presence_kept
 
 if TYPE_CHECKING:
     from workers.vlm import VisionLanguageModel
@@ -37,6 +39,7 @@ class Child:
     name: str
     model_settings: ModelSettings | None = None
     model: VisionLanguageModel | None = None
+    presence: ExitStack = field(default_factory=ExitStack)
 
     def model_for(self, wanted: ModelSettings) -> VisionLanguageModel:
         """The loaded model, or the one a route asks for instead; one is held at a time.
@@ -88,10 +91,15 @@ def build_app(settings: Settings) -> Celery:
     def load_model(**_: Any) -> None:
         set_up_logging(settings.log, role="worker")
         child = _child_of(settings)
+        child.presence.enter_context(presence_kept(child))
         try:
             child.model_for(settings.model)
         except Exception as error:  # noqa: BLE001  # each task tries again and puts the reason on record
             log.error("model_not_loaded", path=settings.model.path, error=explain_exception(error))
+
+    @worker_process_shutdown.connect(weak=False)
+    def leave(**_: Any) -> None:
+        _child_of(settings).presence.close()
 
     return app
 

@@ -283,6 +283,26 @@ class Destination(Base):
     changed_at: Mapped[datetime] = mapped_column(UtcDateTime())
 
 
+class Worker(Base):
+    """A worker child that says that it is there; written by heartbeat.py. What it reads says Analysis.worker."""
+
+    __tablename__ = "worker"
+
+    name: Mapped[str] = mapped_column(String(128), primary_key=True)  # host/process id, as in Analysis.worker
+    host: Mapped[str] = mapped_column(String(96))
+    process: Mapped[int]
+    parent_process: Mapped[int]  # the Celery parent that starts a new child when this one ends
+    device: Mapped[str] = mapped_column(String(32))
+    device_name: Mapped[str | None] = mapped_column(String(128))  # None until a model was loaded on it
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger())  # of the device
+    memory_used_bytes: Mapped[int | None] = mapped_column(BigInteger())  # of the device, by everybody
+    model: Mapped[str | None] = mapped_column(String(128))  # None: loading, or it could not be loaded
+    weights_sha256: Mapped[str | None] = mapped_column(String(64))
+    software_version: Mapped[str] = mapped_column(String(64))
+    started_at: Mapped[datetime] = mapped_column(UtcDateTime())
+    seen_at: Mapped[datetime] = mapped_column(UtcDateTime())
+
+
 class Role(StrEnum):
     VIEWER = "viewer"  # reads studies, reports and images, with identifiers
     OPERATOR = "operator"  # what a viewer does, and commands: requeue, cancel, re-send, pause

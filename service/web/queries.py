@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, or_, select, union_all
 from sqlalchemy.orm import Session
 
+from service.shared import heartbeat
 from service.shared.db import (
     Analysis,
     AnalysisState,
@@ -286,11 +287,6 @@ def overview(session: Session, now: datetime) -> Row:
     ended = _grouped(session, Analysis.state, Analysis.state.in_(ENDED), Analysis.queued_at >= since)
     deliveries = _grouped(session, Delivery.state, Delivery.state.in_((DeliveryState.PENDING, DeliveryState.REJECTED)))
     oldest = session.scalar(select(func.min(Analysis.queued_at)).where(Analysis.state.in_(OPEN)))
-    running = session.execute(
-        select(Analysis.id, Analysis.study_id, Analysis.worker, Analysis.started_at, Analysis.lease_until).where(
-            Analysis.state == AnalysisState.RUNNING
-        )
-    ).all()
     return {
         "received": _count(session, Study.last_image_at >= since),
         "receiving": _count(session, Study.state == StudyState.RECEIVING),
@@ -311,16 +307,7 @@ def overview(session: Session, now: datetime) -> Row:
         or 0,
         "held": _count(session, Study.held.is_(True)),
         "oldest_unfinished_s": max(0, round((now - oldest).total_seconds())) if oldest else None,
-        "workers": [
-            {
-                "worker": worker or "unknown",
-                "analysis_id": analysis_id,
-                "study_id": study_id,
-                "running_s": max(0, round((now - started).total_seconds())) if started else None,
-                "lease_valid": lease is not None and lease >= now,
-            }
-            for analysis_id, study_id, worker, started, lease in running
-        ],
+        "workers": heartbeat.workers(session, now),
     }
 
 

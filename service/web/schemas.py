@@ -190,11 +190,24 @@ class Done(Shape):
 
 
 class WorkerOut(Shape):
+    """A worker child; null: it did not say. `silent`: its heartbeats stopped."""
+
     worker: str
-    analysis_id: int
-    study_id: int
+    host: str
+    device: str | None
+    device_name: str | None
+    memory_bytes: int | None
+    memory_used_bytes: int | None
+    model: str | None
+    weights_sha256: str | None
+    software_version: str | None
+    started_at: datetime | None
+    seen_at: datetime | None
+    silent: bool
+    analysis_id: int | None  # what it reads at the moment
+    study_id: int | None
     running_s: int | None
-    lease_valid: bool
+    lease_valid: bool | None
 
 
 class Overview(Shape):

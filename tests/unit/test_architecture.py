@@ -48,10 +48,11 @@ def test_contract_names_every_part_of_the_service() -> None:
 
 def test_contract_names_every_part_of_the_worker() -> None:
     """A new part of the worker is closed to Celery and the database from its first day."""
-    contract = contracts()["only app, tasks and reproduce know Celery and the database"]
+    contract = contracts()["only app, tasks, presence and reproduce know Celery and the database"]
     parts = graph().find_children("workers") - {
         "workers.__main__",
         "workers.app",
+        "workers.presence",
         "workers.reproduce",
         "workers.tasks",
     }
