@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.shared import audit, transitions
 from service.shared.audit import AuditKind
 from service.shared.db import (
+    Acquisition,
     Analysis,
     AnalysisState,
     Delivery,
@@ -226,6 +227,7 @@ def forget(
     instances = _remove_filed(spool, study.study_uid, filed)
     files, outputs = _remove_outputs(data, analyses, [row.path for row in results])
     with sessions.begin() as session:
+        session.execute(delete(Acquisition).where(Acquisition.analysis_id.in_(analyses)))
         reports = _deleted(session, delete(ReportText).where(ReportText.analysis_id.in_(analyses)))
         header = _deleted(session, delete(StudyHeader).where(StudyHeader.study_id == study_id))
         forgotten = Forgotten(instances, files, outputs, reports, bool(header))
@@ -290,7 +292,7 @@ def _scrub(sessions: sessionmaker[Session]) -> None:
     engine = sessions.kw["bind"]
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         if engine.dialect.name == "postgresql":
-            for table in (StudyHeader.__tablename__, ReportText.__tablename__):
+            for table in (StudyHeader.__tablename__, Acquisition.__tablename__, ReportText.__tablename__):
                 connection.execute(text(f"VACUUM {table}"))
             return
     raw = engine.raw_connection()  # outside any transaction, which our engine would begin

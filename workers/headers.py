@@ -42,6 +42,8 @@ class InstanceHeader:
     series_uid: str = ""
     transfer_syntax_uid: str = ""
     modality: str = ""
+    scanner: str = ""  # Manufacturer's Model Name and Station Name
+    protocol: str = ""  # Protocol Name
     series_number: int | None = None
     instance_number: int | None = None
     image_type: tuple[str, ...] = ()  # upper case; of a frame: Frame Type
@@ -79,7 +81,7 @@ _INSTANCE_KEYWORDS = (
     "SOPInstanceUID", "SOPClassUID", "SeriesInstanceUID", "Modality", "SeriesNumber", "InstanceNumber", "ImageType",
     "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation",
     "PhotometricInterpretation", "PixelPaddingValue", "PixelPaddingRangeLimit", "FrameOfReferenceUID",
-    "LossyImageCompression",
+    "LossyImageCompression", "ManufacturerModelName", "StationName", "ProtocolName",
 )  # fmt: skip
 _FRAME_KEYWORDS = (
     "FrameType", "RescaleSlope", "RescaleIntercept", "RescaleType", "ImageOrientationPatient",
@@ -133,6 +135,8 @@ def _header(path: Path, dataset: Dataset, groups: Sequence[Dataset], frame_numbe
         series_uid=_text(dataset, "SeriesInstanceUID"),
         transfer_syntax_uid=_text(meta, "TransferSyntaxUID"),
         modality=_text(dataset, "Modality").upper(),
+        scanner=" ".join(filter(None, (_text(dataset, "ManufacturerModelName"), _text(dataset, "StationName")))),
+        protocol=_text(dataset, "ProtocolName"),
         series_number=_integer(dataset, "SeriesNumber"),
         instance_number=_integer(dataset, "InstanceNumber"),
         image_type=tuple(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 
@@ -146,6 +148,10 @@ def _output(
         pruning=as_applied(request.settings.pruning),
         preprocessing=prepared.applied,
         counts=_counts(volume, prepared, generation),
+        per_input=_per_input(prepared, generation),
+        scanner=choice.scanner.replace("\0", ""),
+        protocol=choice.protocol.replace("\0", ""),
+        software=_software(),
         timings_s={step: round(seconds, 4) for step, seconds in timings_s.items()},
         memory_peak_bytes=generation.memory_peak_bytes,
         software_version=VERSION,
@@ -194,6 +200,20 @@ def _counts(volume: Volume, prepared: Prepared, generation: Generation) -> Count
         tokens_text=tokens.tokens_text,
         tokens_generated=tokens.tokens_generated,
     )
+
+
+def _per_input(prepared: Prepared, generation: Generation) -> tuple[tuple[int, int, int], ...]:
+    """Per input: its instances, its tokens kept and merged. What history keeps once the arrays are removed by age."""
+    kept = (generation.tokens == TOKEN_CODES[TokenState.KEPT]).sum(axis=1)
+    merged = (generation.tokens == TOKEN_CODES[TokenState.MERGED]).sum(axis=1)
+    return tuple((len(one.source_instances), int(kept[one.index]), int(merged[one.index])) for one in prepared.inputs)
+
+
+@cache
+def _software() -> dict[str, str]:
+    """What a run rests on beside torch and transformers, which stand in the model's identity."""
+    packages = {name: metadata.version(name) for name in ("numpy", "pydicom", "pillow", "scipy", "tokenizers")}
+    return {"python": platform.python_version()} | packages
 
 
 def _retention(prepared: Prepared, guide: Guide, generation: Generation) -> Retention:

@@ -37,6 +37,8 @@ class Choice:
     modality: str
     reason: str
     candidates: tuple[SeriesCandidate, ...]
+    scanner: str = ""
+    protocol: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,8 @@ def choose(headers: Sequence[InstanceHeader], settings: SeriesSettings) -> Choic
         chosen.modality,
         reasons[chosen.uid],
         tuple(_candidate(uid, series[uid], reasons[uid], uid == chosen.uid) for uid in sorted(series)),
+        scanner=next((one.scanner for one in series[chosen.uid] if one.scanner), ""),
+        protocol=next((one.protocol for one in series[chosen.uid] if one.protocol), ""),
     )
 
 

@@ -1,9 +1,9 @@
 """The tables, and how to reach them on SQLite and PostgreSQL. Transitions between states: transitions.py.
 
 Two kinds of tables. *History* (study, instance, analysis, result, delivery, audit_event) holds ids, UIDs, codes and
-counts and is kept. *Erasable* tables (study_header, report_text) hold what names or describes a patient; `forget`
-removes their rows and history still stands. A digest in history that vouches for erasable content is salted, and
-the salt is erased with the content.
+counts and is kept. *Erasable* tables (study_header, acquisition, report_text) hold what names or describes a patient,
+or might, being free text; `forget` removes their rows and history still stands. A digest in history that vouches for
+erasable content is salted, and the salt is erased with the content.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Engine, make_url
@@ -132,6 +133,9 @@ class Study(Base):
     __table_args__ = (
         Index(None, "state", "last_image_at"),
         Index(None, "last_image_at"),
+        Index(None, "first_received_at"),
+        Index(None, "calling_ae", "first_received_at"),
+        Index(None, "held", postgresql_where=text("held"), sqlite_where=text("held")),
     )
 
 
@@ -208,9 +212,11 @@ class Analysis(Base):
     series_reason: Mapped[str | None] = mapped_column(Text)
     flags: Mapped[list[str] | None] = mapped_column(Document)
     counts: Mapped[dict[str, Any] | None] = mapped_column(Document)  # Counts
+    per_input: Mapped[list[list[int]] | None] = mapped_column(Document)  # AnalysisOutput.per_input
     timings_s: Mapped[dict[str, Any] | None] = mapped_column(Document)
     memory_peak_bytes: Mapped[int | None] = mapped_column(BigInteger())
     software_version: Mapped[str | None] = mapped_column(String(64))
+    software: Mapped[dict[str, Any] | None] = mapped_column(Document)  # AnalysisOutput.software
     output_path: Mapped[str | None] = mapped_column(Text)  # relative to [data] path
     output_sha256: Mapped[str | None] = mapped_column(String(64))
 
@@ -218,6 +224,22 @@ class Analysis(Base):
         UniqueConstraint("study_id", "revision", "route", "run_number"),
         Index(None, "state", "queued_at"),
     )
+
+
+class Acquisition(Base):
+    """Erasable. How the series that was read was acquired, in the modality's words, and how much of it was kept."""
+
+    __tablename__ = "acquisition"
+
+    analysis_id: Mapped[int] = mapped_column(BigId, ForeignKey("analysis.id"), primary_key=True, autoincrement=False)
+    at: Mapped[datetime] = mapped_column(UtcDateTime(), index=True)  # when it was read
+    scanner: Mapped[str] = mapped_column(Text)  # Manufacturer's Model Name, Station Name
+    protocol: Mapped[str] = mapped_column(Text)  # Protocol Name
+    method: Mapped[str] = mapped_column(String(16))  # of pruning, as applied
+    inputs: Mapped[int]
+    inputs_kept: Mapped[int]
+    tokens_in: Mapped[int]
+    tokens_kept: Mapped[int]
 
 
 class ReportText(Base):
@@ -250,6 +272,15 @@ class Result(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime())
     gate: Mapped[list[str]] = mapped_column(Document)  # findings of the gate, errors and warnings
 
+    __table_args__ = (
+        Index(
+            None,
+            "state",
+            postgresql_where=text("state = 'quarantined'"),
+            sqlite_where=text("state = 'quarantined'"),
+        ),
+    )
+
 
 class Delivery(Base):
     """One result to one destination."""
@@ -270,6 +301,7 @@ class Delivery(Base):
     __table_args__ = (
         UniqueConstraint("result_id", "destination"),
         Index(None, "state", "next_attempt_at"),
+        Index(None, "state", "destination", "created_at"),
     )
 
 
@@ -364,6 +396,16 @@ class AuditChain(Base):
     seq: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=False)  # 1, 2, 3, ... without gaps
     event_id: Mapped[int] = mapped_column(BigId, unique=True)
     hash: Mapped[str] = mapped_column(String(64))
+
+
+class Tally(Base):
+    """What the audit adds up to, as far as the chain was counted: one row, written by tally.py, read by /metrics."""
+
+    __tablename__ = "tally"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=False)  # always 1
+    seq: Mapped[int] = mapped_column(BigInteger())  # of audit_chain: everything up to it is in the totals
+    totals: Mapped[dict[str, Any]] = mapped_column(Document)
 
 
 def open_engine(url: str, *, read_only: bool = False) -> Engine:

@@ -245,6 +245,10 @@ class AnalysisOutput(Message):
     pruning: dict[str, Any]  # every setting as applied; a disabled stage is recorded as off
     preprocessing: dict[str, Any]  # windows, sampling, image size as applied
     counts: Counts
+    per_input: tuple[tuple[int, int, int], ...] = ()  # instances in it, tokens kept, tokens merged; 0 where dropped
+    scanner: str = ""  # of the series that was read: Manufacturer's Model Name, Station Name
+    protocol: str = ""  # its Protocol Name
+    software: dict[str, str] = Field(default_factory=dict)  # package -> version, beside those of ModelIdentity
     timings_s: dict[str, float]  # step -> seconds, in the order of the way
     memory_peak_bytes: int
     software_version: str

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from service.shared import audit
 from service.shared.audit import AuditKind
 from service.shared.db import (
+    Acquisition,
     Analysis,
     AnalysisState,
     Delivery,
@@ -206,9 +207,11 @@ def close_read(
             series_reason=output.series_reason,
             flags=[flag.value for flag in output.flags],
             counts=output.counts.model_dump(mode="json"),
+            per_input=[list(one) for one in output.per_input],
             timings_s=output.timings_s,
             memory_peak_bytes=output.memory_peak_bytes,
             software_version=output.software_version,
+            software=output.software,
             output_path=output_path,
             output_sha256=output_sha256,
         ),
@@ -222,6 +225,7 @@ def close_read(
                 raw_text=output.raw_text,
             )
         )
+        session.merge(_acquisition(claim.analysis_id, output, now))
         _append(session, AuditKind.ANALYSIS_READ, claim, now, actor, output_sha256=output_sha256)
     return changed
 
@@ -633,6 +637,20 @@ def _note_requeued(session: Session, delivery: Delivery, now: datetime, actor: s
         result_id=delivery.result_id,
         delivery_id=delivery.id,
         destination=delivery.destination,
+    )
+
+
+def _acquisition(analysis_id: int, output: AnalysisOutput, now: datetime) -> Acquisition:
+    return Acquisition(
+        analysis_id=analysis_id,
+        at=now,
+        scanner=output.scanner,
+        protocol=output.protocol,
+        method=str(output.pruning.get("method", "")),
+        inputs=output.counts.inputs,
+        inputs_kept=output.counts.inputs_kept,
+        tokens_in=output.counts.tokens_in,
+        tokens_kept=output.counts.tokens_kept,
     )
 
 
