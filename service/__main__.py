@@ -25,6 +25,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import (
+    alerts,
     assembly,
     audit_feed,
     chain,
@@ -35,12 +36,14 @@ from service import (
     explain,
     export,
     history,
+    notify,
     printing,
     results,
     retention,
     sender,
     stats,
     supervisor,
+    tally,
 )
 from service.atna import Node
 from service.broker import NoRedisServer
@@ -156,7 +159,13 @@ def _ingest(settings: Settings, sessions: sessionmaker[Session], stop: Event) ->
     def removed() -> None:
         retention.remove_for_ever(settings, sessions, spool, stop)
 
-    loops = [chained, removed]
+    def tallied() -> None:
+        tally.tally_for_ever(settings, sessions, stop)
+
+    def notified() -> None:
+        notify.notify_for_ever(settings, sessions, stop)
+
+    loops = [chained, removed, tallied, notified]
     if settings.audit.syslog_host is not None:
         loops.append(lambda: audit_feed.feed_for_ever(settings, sessions, _audit_node(settings), stop))
     with _beside(stop, *loops):
@@ -342,6 +351,42 @@ def stats_command(
     with _reading(settings, read_only=True)() as session:
         found = stats.stats(session, since=_utc(since), sender=sender)
     printing.print_json(found) if as_json else printing.print_stats(Console(), found)
+
+
+@app.command("alerts")
+def alerts_command(
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    test: Annotated[bool, typer.Option("--test", help="Send a test message by every configured channel.")] = False,
+) -> None:
+    """What a person should know of now; exit 1 when there is anything. It names no patient."""
+    settings = _load(config)
+    if test:
+        _test_channels(settings)
+        return
+    with _reading(settings, read_only=True)() as session:
+        found = alerts.current(session, settings, datetime.now(UTC))
+    if as_json:
+        printing.print_json([asdict(one) for one in found])
+    else:
+        printing.print_alerts(Console(), [asdict(one) for one in found])
+    raise SystemExit(1 if found else 0)
+
+
+def _test_channels(settings: Settings) -> None:
+    now = datetime.now(UTC)
+    known = notify.channels(settings.alerts)
+    if not known:
+        raise _fail("no channel is configured: set [alerts] mail_to and smtp_host, or webhook_url")
+    well = True
+    for name, send_by in known.items():
+        try:
+            send_by(settings.alerts, notify.A_TEST, notify.node_of(settings), now)
+            typer.echo(f"ok   {name}")
+        except notify.NotTold as error:
+            well = False
+            typer.echo(f"FAIL {name}: {error}")
+    raise SystemExit(0 if well else 1)
 
 
 # --- change ---------------------------------------------------------------------------------------------------------

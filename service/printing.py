@@ -68,6 +68,18 @@ def print_stats(console: Console, found: Row) -> None:
     console.print(table)
 
 
+def print_alerts(console: Console, alerts: list[Row]) -> None:
+    if not alerts:
+        console.print("no alerts")
+    for alert in alerts:
+        style = "red" if alert["severity"] == "critical" else "yellow"
+        since = f" since {alert['since']:%Y-%m-%d %H:%M} UTC" if alert["since"] else ""
+        console.print(
+            Text.assemble((alert["severity"], style), f" {alert['kind']}{since}: ", _foreign(alert["summary"]))
+        )
+        console.print(Text(f"  {alert['remedy']}"))
+
+
 def print_status(console: Console, status: Row) -> None:
     table = Table(title="medpruner-pacs", title_justify="left", show_header=False)
     table.add_row("studies", _state_counts(status["studies"], held=status["studies_held"]))

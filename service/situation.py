@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class Situation:
     tallied: int = 0
     folders: Mapping[str, Folder] = field(default_factory=dict)
     receipts_waiting: int = 0
-    oldest_receipt_at: float | None = None  # seconds since the epoch
+    oldest_receipt_at: datetime | None = None
     associations: int = 0
     refused: int = 0  # associations, connections and instances, within the last hour
     refused_by: tuple[tuple[str, int], ...] = ()  # reason and how often, the most frequent first
@@ -151,7 +151,7 @@ def look(session: Session, settings: Settings, now: datetime, *, with_shares: bo
         tallied=session.scalar(select(Tally.seq)) or 0,
         folders={name: _folder(path) for name, path in (("spool", spool), ("data", settings.data.path))},
         receipts_waiting=receipts,
-        oldest_receipt_at=oldest_receipt,
+        oldest_receipt_at=None if oldest_receipt is None else datetime.fromtimestamp(oldest_receipt, UTC),
         associations=_associations(spool, now),
         refused=sum(one.count for one in refused),
         refused_by=_by_reason(refused),

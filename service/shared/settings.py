@@ -6,18 +6,21 @@ Every key has its unit in its name or its comment in config.toml; an unknown key
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork, SecretStr, ValidationError, model_validator
 
 ENVIRONMENT_PREFIX = "MEDPRUNER__"
 
 # PS3.5 6.2, AE: 1 to 16 characters of the default repertoire, no backslash, no leading or trailing space
 AETitle = Annotated[str, Field(max_length=16, pattern=r"^[!-\[\]-~]([ -\[\]-~]*[!-\[\]-~])?$")]
+
+MailAddress = Annotated[str, Field(pattern=r"^[!-?A-~]+@[!-?A-~]+$")]  # no white space: it ends up in a header
 
 
 class ConfigurationError(Exception):
@@ -201,6 +204,7 @@ class WebSettings(Section):
     tls_key: Path | None = None
     session_hours: float = Field(default=12, gt=0)
     session_idle_min: float = Field(default=30, gt=0)
+    metrics_addresses: tuple[IPvAnyNetwork, ...] = ()
 
     @model_validator(mode="after")
     def certificate_and_key_come_together(self) -> WebSettings:
@@ -229,6 +233,41 @@ class AuditSettings(Section):
         return self
 
 
+class AlertSettings(Section):
+    mail_to: tuple[MailAddress, ...] = ()
+    mail_from: MailAddress | None = None
+    smtp_host: str | None = None
+    smtp_port: int = Field(default=25, ge=1, le=65535)
+    smtp_starttls: bool = False
+    smtp_ca: Path | None = None
+    smtp_user: str | None = None
+    smtp_password_file: Path | None = None
+    webhook_url: SecretStr = SecretStr("")
+    webhook_token_file: Path | None = None
+    interval_s: float = Field(default=60, gt=0)
+    repeat_hours: float = Field(default=24, gt=0)
+    stuck_min: float = Field(default=60, gt=0)
+    undelivered_min: float = Field(default=60, gt=0)
+    chain_lag_min: float = Field(default=10, gt=0)
+    refused_per_hour: int = Field(default=20, ge=1)
+    certificate_days: float = Field(default=30, ge=0)
+    drift_share: float = Field(default=0.25, gt=0)
+    drift_days: float = Field(default=7, gt=0)
+    drift_min_analyses: int = Field(default=20, ge=1)
+
+    @model_validator(mode="after")
+    def what_belongs_together_comes_together(self) -> AlertSettings:
+        if bool(self.mail_to) != (self.smtp_host is not None):
+            raise ValueError("mail_to and smtp_host are given together, or both left out")
+        if (self.smtp_user is None) != (self.smtp_password_file is None):
+            raise ValueError("smtp_user and smtp_password_file are given together, or both left out")
+        if self.smtp_user is not None and not self.smtp_starttls:
+            raise ValueError("smtp_user needs smtp_starttls = true: a password never goes in the clear")
+        if not re.match(r"https?://|$", self.webhook_url.get_secret_value()):
+            raise ValueError("webhook_url begins with https:// or http://")
+        return self
+
+
 class LogSettings(Section):
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     format: Literal["text", "json"] = "text"
@@ -252,6 +291,7 @@ class Settings(Section):
     report: ReportSettings = ReportSettings()
     web: WebSettings = WebSettings()
     audit: AuditSettings = AuditSettings()
+    alerts: AlertSettings = AlertSettings()
     log: LogSettings = LogSettings()
 
 

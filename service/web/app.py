@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.shared import VERSION
 from service.shared.db import open_engine, open_sessions
 from service.shared.settings import Settings, database_url
-from service.web import accounts, api, health, pages
+from service.web import accounts, api, health, metrics, pages
 from service.web.access import Web
 
 STATIC = Path(__file__).parent / "static"
@@ -56,6 +56,7 @@ def build_app(
     app.state.web = Web(settings, sessions, reading or sessions, own)
     app.middleware("http")(_add_headers)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.include_router(api.router)
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")

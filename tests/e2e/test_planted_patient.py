@@ -21,7 +21,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom import AE, AllStoragePresentationContexts, Association, build_context, evt
 from sqlalchemy import MetaData, select
 
-from service.shared.db import ReportText, StudyHeader
+from service.shared.db import Acquisition, ReportText, StudyHeader
 from tests.phantom_series import PhantomSeries
 from tests.running import FINAL, SENDER, Pacs, Service, Storescp, deliveries, send
 from tests.servers import free_port, wait_for
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 LATIN_MARK = "zqx"  # in every planted value, in any case
 JAPANESE_MARKS = ("植木", "患者", "うえき", "かんじゃ")
 ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be", "euc-jp", "shift_jis", "iso2022_jp")
-ERASABLE = (StudyHeader.__tablename__, ReportText.__tablename__)
+ERASABLE = (StudyHeader.__tablename__, Acquisition.__tablename__, ReportText.__tablename__)
 
 ROUTES = """
 [[route]]
