@@ -81,7 +81,8 @@ def _stuck(now: Situation, rules: AlertSettings) -> Iterator[Alert]:
             "stuck",
             AlertKind.STUCK,
             Severity.CRITICAL,
-            f"an analysis is not finished after {_minutes(now.now - oldest)} ({waiting}; {now.workers} workers run)",
+            f"an analysis is not finished after {_minutes(now.now - oldest)} ({waiting}; "
+            f"{now.workers} workers are there)",
             f"see `./run explain` for {_studies(now.oldest_unfinished_ids)}; is a worker running?",
             oldest,
         )

@@ -31,7 +31,9 @@ from service.shared.db import (
     Study,
     StudyState,
     Tally,
+    Worker,
 )
+from service.shared.heartbeat import SILENT_AFTER
 from service.shared.settings import Settings, leaves, spool_folder
 from service.spool import HEARTBEAT_STALE_S
 
@@ -85,7 +87,8 @@ class Situation:
     failed_ids: tuple[int, ...] = ()  # studies
     quarantined: int = 0
     quarantined_ids: tuple[int, ...] = ()  # studies
-    workers: int = 0  # that hold a valid lease
+    workers: int = 0  # that are there
+    workers_reading: int = 0  # that hold a valid lease
     deliveries: Mapping[tuple[str, str], Waiting] = field(default_factory=dict)  # destination, state
     paused: frozenset[str] = frozenset()
     chained: int = 0
@@ -137,7 +140,8 @@ def look(session: Session, settings: Settings, now: datetime, *, with_shares: bo
         failed_ids=tuple(session.scalars(failed.order_by(Analysis.id.desc()).limit(MOST_NAMED))),
         quarantined=_count(session, quarantined),
         quarantined_ids=tuple(session.scalars(quarantined.limit(MOST_NAMED))),
-        workers=session.scalar(
+        workers=_count(session, select(Worker.name).where(Worker.seen_at >= now - SILENT_AFTER)),
+        workers_reading=session.scalar(
             select(func.count(func.distinct(Analysis.worker))).where(
                 Analysis.state == AnalysisState.RUNNING, Analysis.lease_until >= now
             )

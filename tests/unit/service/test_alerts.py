@@ -49,7 +49,7 @@ def test_nothing_to_tell_of_a_quiet_service() -> None:
             {"oldest_unfinished_at": LONG_AGO, "oldest_unfinished_ids": (7,), "analyses": {"queued": 2}},
             "stuck",
             Severity.CRITICAL,
-            "not finished after 3 h (2 queued; 0 workers run)",
+            "not finished after 3 h (2 queued; 0 workers are there)",
         ),
         ({"oldest_receipt_at": LONG_AGO, "receipts_waiting": 9}, "ingest", Severity.CRITICAL, "9 received instances"),
         ({"failed": 2, "failed_ids": (3, 4)}, "failed", Severity.CRITICAL, "2 analyses failed"),
