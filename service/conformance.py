@@ -304,10 +304,12 @@ def _templates() -> Iterator[str]:
     yield ""
     yield (
         "The Structured Report follows TID 1500 with TID 1204 (language), 1002 and 1004 (device observer), 1600 (image "
-        'library, without the descriptors of TID 1602), 1501 (one measurement group, "Model input") and 4019 '
-        "(algorithm). Findings and impression are TEXT under Qualitative Evaluations. No code is derived from the "
-        f"model's text. The impression begins with: {words.NOT_FOR_DIAGNOSIS!r}. The Basic Text SR follows TID 2000. "
-        "Every document is UNVERIFIED and PRELIMINARY; it is PARTIAL where slices were missing or unreadable or the "
+        'library, without the descriptors of TID 1602), 1501 (one measurement group, "Model input", and one for each '
+        "coded finding) and 4019 (algorithm). Findings and impression are TEXT under Qualitative Evaluations. No code "
+        "is derived from the model's text: coded findings are answers that the model chose among given ones, each with "
+        f"its probability as a certainty. The impression begins with: {words.NOT_FOR_DIAGNOSIS!r}. The Basic Text SR "
+        "follows TID 2000. Every document is UNVERIFIED and PRELIMINARY; it is PARTIAL where slices were missing or "
+        "unreadable or the "
         "text was cut."
     )
     yield ""

@@ -18,7 +18,10 @@ from service.shared.durable import digest
 from service.shared.messages import (
     TOKEN_CODES,
     AnalysisOutput,
+    Aspect,
+    ClosedAnswer,
     Counts,
+    FindingName,
     Flag,
     ModelIdentity,
     ModelInput,
@@ -143,6 +146,39 @@ def output_of(
         "arrays_sha256": digest(arrays.to_npz()),
     }
     return AnalysisOutput(**(values | changes))
+
+
+def answer(
+    finding: FindingName | None, aspect: Aspect, chosen: str, probability: float = 0.9, other: str = "-"
+) -> ClosedAnswer:
+    """One answer chosen among two."""
+    return ClosedAnswer(
+        finding=finding,
+        aspect=aspect,
+        question=f"{aspect.value}?",
+        answers=(other, chosen),
+        probabilities=(1 - probability, probability),
+    )
+
+
+# What a model answers about a chest with a nodule, an effusion on both sides, and nothing else
+ANSWERS = (
+    answer(None, Aspect.CHEST_CT, "yes", 0.99),
+    answer(FindingName.NODULE, Aspect.PRESENCE, "yes", 0.93),
+    answer(FindingName.NODULE, Aspect.SIDE, "right", 0.81),
+    answer(FindingName.NODULE, Aspect.ZONE, "upper", 0.7),
+    answer(FindingName.NODULE, Aspect.DIAMETER_MM, "12", 0.6),
+    answer(FindingName.NODULE, Aspect.SLICE, "3", 0.55),
+    answer(FindingName.EFFUSION, Aspect.PRESENCE, "yes", 0.88),
+    answer(FindingName.EFFUSION, Aspect.SIDE, "both", 0.75),
+    answer(FindingName.CONSOLIDATION, Aspect.PRESENCE, "no", 0.97),
+    answer(FindingName.CONSOLIDATION, Aspect.SIDE, "left", 0.6),
+    answer(FindingName.CONSOLIDATION, Aspect.ZONE, "mid", 0.6),
+    answer(FindingName.CONSOLIDATION, Aspect.SLICE, "1", 0.6),
+    answer(FindingName.PNEUMOTHORAX, Aspect.PRESENCE, "no", 0.99),
+    answer(FindingName.CARDIOMEGALY, Aspect.PRESENCE, "yes", 0.64),
+    answer(FindingName.CALCIFICATION, Aspect.PRESENCE, "yes", 0.51),
+)
 
 
 def arrays_of(inputs: Sequence[ModelInput], tokens: tuple[int, int]) -> RetentionArrays:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydicom.sr.coding import Code
 
-from service.shared.messages import Flag
+from service.shared.messages import FindingName, Flag
 
 SCHEME = "99MEDPRUNER"
 SCHEME_NAME = "medpruner-pacs private codes"
@@ -104,14 +104,14 @@ TOKEN_FRACTION = _private("MP-012", "Fraction of visual tokens kept")
 SLICES_SHOWN = (_private("MP-013", "Slices shown to the model"), _SLICES)
 
 # Settings of both stages: numbers with their unit, switches, and choices with their values
-_MILLIMETRES = Code("mm", "UCUM", "millimeter")
+MILLIMETRES = Code("mm", "UCUM", "millimeter")
 PRUNING_NUMBERS: dict[str, tuple[Code, Code]] = {
     "gamma": (_private("MP-030", "Slice stage threshold gamma"), NO_UNITS),
     "tau": (_private("MP-031", "Token stage attention mass tau"), NO_UNITS),
     "temperature": (_private("MP-032", "Token stage temperature"), NO_UNITS),
     "contextual_fraction": (_private("MP-033", "Token stage contextual fraction"), NO_UNITS),
-    "slab_mm": (_private("MP-036", "Slab thickness, at most"), _MILLIMETRES),
-    "gap_cap_mm": (_private("MP-037", "Gap between kept slabs, at most"), _MILLIMETRES),
+    "slab_mm": (_private("MP-036", "Slab thickness, at most"), MILLIMETRES),
+    "gap_cap_mm": (_private("MP-037", "Gap between kept slabs, at most"), MILLIMETRES),
     "tile_change": (_private("MP-038", "Slice stage threshold of a tile"), NO_UNITS),
     "sink_ratio": (_private("MP-039", "Attention sink ratio"), NO_UNITS),
     "salience_floor": (_private("MP-040", "Local contrast above which tokens are kept"), NO_UNITS),
@@ -158,6 +158,47 @@ SLICE_GIVEN = _private("MP-202", "Slice given to the model")
 # The quantity of the parametric map
 QUANTITY = Code("246205007", "SCT", "Quantity")
 SALIENCY = Code("130404", "DCM", "Saliency")
+
+# The closed vocabulary of coded findings, what is said of each, and where it is (CID 240, 244, 6126)
+FINDINGS_CODED: dict[FindingName, Code] = {
+    FindingName.NODULE: Code("27925004", "SCT", "Nodule"),
+    FindingName.EFFUSION: Code("60046008", "SCT", "Pleural effusion"),
+    FindingName.CONSOLIDATION: Code("95436008", "SCT", "Lung consolidation"),
+    FindingName.PNEUMOTHORAX: Code("36118008", "SCT", "Pneumothorax"),
+    FindingName.CARDIOMEGALY: Code("287272002", "SCT", "Cardiomegaly"),
+    FindingName.CALCIFICATION: Code("237897009", "SCT", "Vascular Calcification"),
+}
+_LUNG = Code("39607008", "SCT", "Lung")
+_PLEURA = Code("3120008", "SCT", "Pleura")
+FINDING_SITES: dict[FindingName, Code] = {
+    FindingName.NODULE: _LUNG,
+    FindingName.EFFUSION: _PLEURA,
+    FindingName.CONSOLIDATION: _LUNG,
+    FindingName.PNEUMOTHORAX: _PLEURA,
+    FindingName.CARDIOMEGALY: Code("80891009", "SCT", "Heart"),
+    FindingName.CALCIFICATION: Code("113262008", "SCT", "Thoracic aorta"),
+}
+LUNG_ZONES: dict[str, Code] = {
+    "upper": Code("281392002", "SCT", "Upper zone of lung"),
+    "mid": Code("281393007", "SCT", "Middle zone of lung"),
+    "lower": Code("281394001", "SCT", "Lower zone of lung"),
+}
+SIDES: dict[str, Code] = {
+    "right": Code("24028007", "SCT", "Right"),
+    "left": Code("7771000", "SCT", "Left"),
+    "both": Code("51440002", "SCT", "Bilateral"),
+}
+PRESENCE = Code("121052", "DCM", "Presence of property")
+PRESENT = Code("52101004", "SCT", "Present")
+ABSENT = Code("272519000", "SCT", "Absent")
+DIAMETER = Code("81827009", "SCT", "Diameter")
+PERCENT = Code("%", "UCUM", "Percent")
+# How probable the model held its answer
+CERTAINTY_OF_FINDING = Code("111012", "DCM", "Certainty of Finding")
+CERTAINTY_OF_SIDE = _private("MP-060", "Certainty of side")
+CERTAINTY_OF_ZONE = _private("MP-061", "Certainty of zone")
+CERTAINTY_OF_DIAMETER = _private("MP-062", "Certainty of diameter")
+CERTAINTY_OF_SLICE = _private("MP-063", "Certainty of slice")
 
 CAUTION = _private("MP-100", "Caution")
 CAUTIONS: dict[Flag, Code] = {

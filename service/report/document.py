@@ -15,6 +15,7 @@ from service.report.header import clipped, common_header, copy_into, device_uid,
 from service.report.identity import PriorDocument, RunIdentity
 from service.report.source import Checked, SourceInstance, SourceStudy
 from service.shared.messages import AnalysisOutput, Flag, SourceState
+from service.shared.messages import SourceInstance as RetainedInstance
 from service.shared.settings import ReportSettings
 
 Image = tuple[SourceInstance, list[int] | None]  # frame numbers, 1-based, of a multi-frame instance
@@ -83,10 +84,23 @@ def analysed_instances(output: AnalysisOutput, source: SourceStudy) -> tuple[lis
 
 def shown_images(output: AnalysisOutput, source: SourceStudy) -> list[Image]:
     """What the model was shown, alone or averaged, in stack order; frames of one instance in one reference."""
+    shown_states = (SourceState.SHOWN, SourceState.IN_SLAB)
+    return _images(source, (one for one in output.retention.sources if one.state in shown_states))
+
+
+def images_of_input(output: AnalysisOutput, source: SourceStudy, index: int) -> list[Image]:
+    """The source images that one model input was made of, in stack order; several for a slab."""
+    return _images(
+        source, (output.retention.sources[place] for place in output.retention.inputs[index].source_instances)
+    )
+
+
+def _images(source: SourceStudy, shown: Iterable[RetainedInstance]) -> list[Image]:
+    """Instances with a readable header; frames of one instance in one reference."""
     known = {instance.sop_instance_uid: instance for instance in source.instances}
     frames: dict[str, list[int]] = {}
-    for one in output.retention.sources:
-        if one.state in (SourceState.SHOWN, SourceState.IN_SLAB) and one.sop_instance_uid in known:
+    for one in shown:
+        if one.sop_instance_uid in known:
             of_instance = frames.setdefault(one.sop_instance_uid, [])
             if one.frame_number is not None:
                 of_instance.append(one.frame_number)

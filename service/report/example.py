@@ -159,6 +159,7 @@ def _output() -> AnalysisOutput:
         findings="Example finding.",
         impression="Example impression.",
         raw_text="",
+        answers=_answers(),
         flags=tuple(messages.Flag),
         notes=(),
         model=messages.ModelIdentity(
@@ -201,6 +202,23 @@ def _output() -> AnalysisOutput:
         software_version="0.1.0",
         retention=messages.Retention(sources=sources, inputs=inputs, token_rows=2, token_columns=2),
         arrays_sha256=_DIGEST,
+    )
+
+
+def _answers() -> tuple[messages.ClosedAnswer, ...]:
+    """A finding that was found on the first input, so that every item of a coded finding is there."""
+    nodule, aspect = messages.FindingName.NODULE, messages.Aspect
+    return tuple(
+        messages.ClosedAnswer(
+            finding=nodule, aspect=one, question="", answers=(chosen, "other"), probabilities=(0.9, 0.1)
+        )
+        for one, chosen in (
+            (aspect.PRESENCE, "yes"),
+            (aspect.SIDE, "right"),
+            (aspect.ZONE, "upper"),
+            (aspect.DIAMETER_MM, "12"),
+            (aspect.SLICE, "1"),
+        )
     )
 
 

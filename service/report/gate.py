@@ -251,11 +251,13 @@ def _assertions_on_measurements(items: list[Dataset]) -> Iterator[str]:
         codes.TRACKING_UNIQUE_IDENTIFIER,
         codes.ALGORITHM_NAME,
         codes.ALGORITHM_VERSION,
-        codes.SOURCE_OF_MEASUREMENT,
     )
     for group in groups:
         children = list(group.get("ContentSequence") or [])
-        yield from (f"a Measurement Group has no {code.meaning}" for code in needed if not _valued(children, code))
+        # a finding may rest on the series as a whole; what was measured, or given to the model, is on images
+        on_images = not _valued(children, codes.PRESENCE) or _valued(children, codes.DIAMETER)
+        wanted = (*needed, codes.SOURCE_OF_MEASUREMENT) if on_images else needed
+        yield from (f"a Measurement Group has no {code.meaning}" for code in wanted if not _valued(children, code))
 
 
 def _assertions_on_evidence(document: Dataset, items: list[Dataset], evidence: Collection[str] | None) -> Iterator[str]:

@@ -30,6 +30,7 @@ from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage, Enhanc
 from service.report import codes, words
 from service.report.attributes import uid_is_valid
 from service.report.document import Image, analysed_instances, document, observer, shown_images
+from service.report.finding_groups import finding_groups
 from service.report.header import clipped
 from service.report.identity import RunIdentity
 from service.report.readable import walk
@@ -81,7 +82,7 @@ def _content(
         language_of_content_item_and_descendants=LanguageOfContentItemAndDescendants(
             CodedConcept.from_code(codes.ENGLISH)
         ),
-        imaging_measurements=[_model_input(output, kept, run, unlisted)],
+        imaging_measurements=[_model_input(output, kept, run, unlisted), *finding_groups(output, source, run)],
     )
     root = report[0]
     children = root.ContentSequence

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
 
+from service.report.coded_findings import sentences
 from service.shared.messages import AnalysisOutput, Flag, SourceState
 
 NOT_FOR_DIAGNOSIS = "UNVERIFIED machine output, not for diagnosis."
@@ -58,7 +59,7 @@ def impression(output: AnalysisOutput) -> str:
 
 def comments(output: AnalysisOutput, revision_note: str, instances_not_listed: int) -> list[str]:
     """What was read and shown, what was not, and why; each is one text."""
-    said = [_shown(output), f"Series read: {output.series_reason}", *_series_not_read(output)]
+    said = [*sentences(output), _shown(output), f"Series read: {output.series_reason}", *_series_not_read(output)]
     said += [NOTICES[flag] for flag in NOTICES if flag in output.flags and flag not in _URGENT]
     said += output.notes
     if instances_not_listed:

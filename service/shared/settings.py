@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork, SecretStr, ValidationError, model_validator
 
+from service.shared.messages import FindingName
+
 ENVIRONMENT_PREFIX = "MEDPRUNER__"
 
 # PS3.5 6.2, AE: 1 to 16 characters of the default repertoire, no backslash, no leading or trailing space
@@ -99,6 +101,7 @@ class ModelSettings(Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     max_new_tokens: int = Field(default=512, ge=1)
     threads: int = Field(default=0, ge=0)
+    coded_findings: tuple[FindingName, ...] | None = None
 
 
 class PruningMethod(StrEnum):

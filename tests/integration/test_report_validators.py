@@ -32,7 +32,7 @@ from service.report.structured_report import SOP_CLASSES, build_sr
 from service.report.text_report import build_text_report
 from service.shared.messages import Flag
 from service.shared.settings import ReportSettings, SrSopClass
-from tests.report_samples import BODY, HEAD, RUN, arrays_of, ct_header, output_for, write
+from tests.report_samples import ANSWERS, BODY, HEAD, RUN, arrays_of, ct_header, output_for, write
 
 pytestmark = pytest.mark.validators
 
@@ -44,7 +44,7 @@ JAVA = [
 ]  # fmt: skip
 # What PixelMed's rules of 2022 do not know yet, or what an extensible template leaves to us
 PIXELMED_WARNINGS = re.compile(
-    r"Warning: .*Measurement Group.*/CODE \(MP-\d+,99MEDPRUNER,.*Content Item not in template"
+    r"Warning: .*Measurement Group.*/CODE \((MP-\d+,99MEDPRUNER|121052,DCM),.*Content Item not in template"
 )
 
 FLAGS: dict[str, Sequence[Flag]] = {flag.value: [flag] for flag in Flag} | {"none": [], "all": list(Flag)}
@@ -61,6 +61,11 @@ def content_of(
     return encode(build_sr(output_for(source, flags=flags), source, settings, sop_class, run=run))
 
 
+def coded_content_of(source: SourceStudy, sop_class: SrSopClass = SrSopClass.COMPREHENSIVE_3D) -> bytes:
+    """A report with coded findings, present and absent."""
+    return encode(build_sr(output_for(source, answers=ANSWERS), source, ReportSettings(), sop_class, run=RUN))
+
+
 def unexpected(content: bytes, source: SourceStudy) -> list[str]:
     """Everything that the gate found and that the allow-list does not hold."""
     findings = check(content, evidence=[one.sop_instance_uid for one in source.instances], verbatim=source.uids)
@@ -71,6 +76,11 @@ def unexpected(content: bytes, source: SourceStudy) -> list[str]:
 def body() -> SourceStudy:
     """A real body CT, with an order."""
     return read_source(BODY.glob("*.dcm"))
+
+
+@pytest.mark.parametrize("sop_class", list(SOP_CLASSES))
+def test_coded_findings_pass_the_gate(body: SourceStudy, sop_class: SrSopClass) -> None:
+    assert unexpected(coded_content_of(body, sop_class), body) == []
 
 
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
@@ -191,11 +201,12 @@ def pixelmed(path: Path) -> tuple[list[str], str]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("sop_class", list(SOP_CLASSES))
 def test_the_template_is_valid_for_pixelmed(body: SourceStudy, tmp_path: Path, sop_class: SrSopClass) -> None:
-    """TID 1500 in each SOP class, with every flag and a predecessor."""
+    """TID 1500 in each SOP class, with every flag, coded findings and a predecessor."""
     earlier = PriorDocument("1.2.840.10008.5.1.4.1.1.88.34", "2.25.501", "2.25.500", body.study_uid)
     run = RunIdentity(RUN.analysis_key, RUN.content_time, "0.1.0", predecessors=(earlier,), revision_note="Later.")
     path = tmp_path / "report.dcm"
-    path.write_bytes(content_of(body, list(Flag), sop_class, run))
+    output = output_for(body, flags=list(Flag), answers=ANSWERS)
+    path.write_bytes(encode(build_sr(output, body, ReportSettings(), sop_class, run=run)))
 
     complaints, said = pixelmed(path)
 
