@@ -29,7 +29,7 @@ from service.shared.messages import (
     SourceState,
     TokenState,
 )
-from service.shared.settings import PruningMethod, PruningSettings, Settings
+from service.shared.settings import ModelSettings, PruningMethod, PruningSettings, Settings
 from workers.demo_model.inputs import prepare_for_demonstration
 from workers.guide import Guide
 from workers.preprocess import Prepared, prepare
@@ -62,7 +62,6 @@ class Request:
     paths: tuple[Path, ...]
     prompt: str
     settings: Settings
-    findings: tuple[FindingName, ...] = ()  # about which closed questions follow the report
 
 
 def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, bytes]:
@@ -80,6 +79,7 @@ def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, 
         prepared = _prepare(volume, settings, model)
     with clock("regions"):
         guide = prepared.guide(volume)
+    asked = _coded_findings(settings.model, model)
     generation = model.read(
         prepared.pixels,
         request.prompt,
@@ -87,12 +87,17 @@ def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, 
         max_new_tokens=settings.model.max_new_tokens,
         dropped=DroppedSlices(settings.pruning.dropped_slices),
         guide=guide,
-        questions=partial(questions_about, request.findings) if request.findings else None,
+        questions=partial(questions_about, asked) if asked else None,
     )
     clock.seconds |= generation.timings_s
     sections = parse(generation.text.replace("\0", ""))  # PostgreSQL keeps no NUL, and no report needs one
     arrays = _arrays(prepared, generation).to_npz()
     return _output(request, model, choice, volume, prepared, guide, generation, sections, arrays, clock.seconds), arrays
+
+
+def _coded_findings(settings: ModelSettings, model: VisionLanguageModel) -> tuple[FindingName, ...]:
+    """What closed questions ask about: what is configured, else what these weights were trained to answer."""
+    return model.coded_findings if settings.coded_findings is None else settings.coded_findings
 
 
 def _prepare(volume: Volume, settings: Settings, model: VisionLanguageModel) -> Prepared:

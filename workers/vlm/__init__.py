@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.shared.messages import Flag, ModelIdentity
+from service.shared.messages import FindingName, Flag, ModelIdentity
 from service.shared.settings import ModelSettings, PruningSettings
 from workers.guide import Guide
 from workers.questions import Question
@@ -75,6 +75,16 @@ class VisionLanguageModel(Protocol):
     @property
     def preprocessing(self) -> dict[str, Any]:
         """The input these weights were trained on, as their folder's medpruner.json says; empty: MedGemma's."""
+        ...
+
+    @property
+    def coded_findings(self) -> tuple[FindingName, ...]:
+        """What these weights were trained to be asked in closed questions, as medpruner.json says; else nothing."""
+        ...
+
+    @property
+    def limitations(self) -> tuple[str, ...]:
+        """What was measured of these weights, in sentences that every report repeats, as medpruner.json says."""
         ...
 
     def read(

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from service.shared.messages import Flag, ModelIdentity
+from service.shared.messages import FindingName, Flag, ModelIdentity
 from service.shared.settings import ConfigurationError, ModelSettings
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Opened:
     identity: ModelIdentity
     flags: tuple[Flag, ...]
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    coded_findings: tuple[FindingName, ...] = ()
+    limitations: tuple[str, ...] = ()
 
 
 def open_folder(settings: ModelSettings, folder: Path | None) -> Host:
@@ -80,9 +82,19 @@ def _open(settings: ModelSettings, folder: Path, *, named: str) -> Host:
         device=_device_name(device),
         attention=settings.attention,
     )
-    flags = (WEIGHT_FLAGS[mark["weights"]],) if mark else ()
-    preprocessing = dict(mark.get("preprocessing", {}))
-    return host.load(Opened(folder, device, dtype, settings.attention, identity, flags, preprocessing))
+    return host.load(
+        Opened(
+            folder,
+            device,
+            dtype,
+            settings.attention,
+            identity,
+            flags=(WEIGHT_FLAGS[mark["weights"]],) if mark else (),
+            preprocessing=dict(mark.get("preprocessing", {})),
+            coded_findings=tuple(FindingName(name) for name in mark.get("coded_findings", ())),
+            limitations=tuple(mark.get("limitations", ())),
+        )
+    )
 
 
 def architecture_of(folder: Path) -> str:
@@ -171,6 +183,8 @@ def _mark(folder: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{path}: not valid JSON") from error
     if not isinstance(mark, dict) or mark.get("weights") not in WEIGHT_FLAGS:
         raise ConfigurationError(f'{path}: "weights" must be one of {", ".join(WEIGHT_FLAGS)}')
+    if not {*mark.get("coded_findings", ())} <= {*FindingName}:
+        raise ConfigurationError(f'{path}: "coded_findings" must be of {", ".join(FindingName)}')
     return mark
 
 

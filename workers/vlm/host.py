@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from service.shared.messages import TOKEN_CODES, Flag, ModelIdentity, TokenState
+from service.shared.messages import TOKEN_CODES, FindingName, Flag, ModelIdentity, TokenState
 from service.shared.settings import ConfigurationError, PruningMethod, PruningSettings
 from workers.errors import Refusal, RefusalCode
 from workers.guide import Guide
@@ -128,6 +128,14 @@ class Host(ABC):
     @property
     def preprocessing(self) -> dict[str, Any]:
         return self.opened.preprocessing
+
+    @property
+    def coded_findings(self) -> tuple[FindingName, ...]:
+        return self.opened.coded_findings
+
+    @property
+    def limitations(self) -> tuple[str, ...]:
+        return self.opened.limitations
 
     @property
     @abstractmethod

@@ -12,7 +12,6 @@ from service.shared.messages import (
     TOKEN_CODES,
     AnalysisOutput,
     Aspect,
-    FindingName,
     RetentionArrays,
     SliceOperation,
     SourceState,
@@ -154,20 +153,19 @@ def test_budget_is_a_share_or_a_number() -> None:
 
 
 def test_answers_to_closed_questions_travel(chest: tuple[Path, ...], model: VisionLanguageModel) -> None:
-    """Where a request names findings, every question about them has its answers; the text stays the same."""
-    settings = Settings.model_validate(
-        {"model": {"max_new_tokens": 4}, "pruning": {"method": "guarded", "slab_mm": 20}, "series": {"max_slices": 8}}
-    )
-    plain, _ = read(Request(1, "1.2.3", chest, "What is there?", settings), model)
+    """Where findings are configured, every question about them has its answers; the text stays the same."""
+    values = {"pruning": {"method": "guarded", "slab_mm": 20}, "series": {"max_slices": 8}}
+    silent = Settings.model_validate(values | {"model": {"max_new_tokens": 4, "coded_findings": []}})
+    asking = {"max_new_tokens": 4, "coded_findings": ["cardiomegaly", "nodule"]}
+    plain, _ = read(Request(1, "1.2.3", chest, "What is there?", silent), model)
     asked, _ = read(
-        Request(1, "1.2.3", chest, "What is there?", settings, findings=(FindingName.CARDIOMEGALY, FindingName.NODULE)),
-        model,
+        Request(1, "1.2.3", chest, "What is there?", Settings.model_validate(values | {"model": asking})), model
     )
 
     shown = tuple(str(one.index + 1) for one in asked.retention.inputs if one.kept)
     assert asked.raw_text == plain.raw_text
     assert plain.answers == ()
-    assert [one.aspect for one in asked.answers] == [Aspect.PRESENCE, *Aspect]
+    assert [one.aspect for one in asked.answers] == [Aspect.CHEST_CT, Aspect.PRESENCE, *list(Aspect)[1:]]
     assert asked.answers[-1].answers == shown
     assert all(sum(one.probabilities) == pytest.approx(1) for one in asked.answers)
     assert "questions" in asked.timings_s

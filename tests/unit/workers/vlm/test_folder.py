@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from service.shared.messages import Flag
+from service.shared.messages import FindingName, Flag
 from service.shared.settings import ConfigurationError, ModelSettings
 from workers.demo_model.random_weights import write
 from workers.vlm import open_model
@@ -68,6 +68,23 @@ def test_mark_passes_on_the_input_that_weights_want(folder: Path) -> None:
 
     assert model.flags == (Flag.DEMONSTRATION_WEIGHTS,)
     assert model.preprocessing == {"slabs": 24}
+
+
+def test_a_folder_says_what_its_weights_can_be_asked_and_how_well_they_read(folder: Path) -> None:
+    mark = {"weights": "demonstration", "coded_findings": ["nodule"], "limitations": ["It misses half of them."]}
+    (folder / "medpruner.json").write_text(json.dumps(mark))
+
+    model = open_model(ModelSettings(), folder)
+
+    assert model.coded_findings == (FindingName.NODULE,)
+    assert model.limitations == ("It misses half of them.",)
+
+
+def test_a_finding_that_has_no_code_is_refused(folder: Path) -> None:
+    (folder / "medpruner.json").write_text('{"weights": "demonstration", "coded_findings": ["nodul"]}')
+
+    with pytest.raises(ConfigurationError, match="coded_findings"):
+        open_model(ModelSettings(), folder)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weights": "good"}'])
