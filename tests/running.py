@@ -41,7 +41,7 @@ FINAL = frozenset({"done", "refused", "failed", "cancelled", "superseded"})
 SENDER = "MODALITY"  # the calling AE title that every service here takes studies from
 MARK = "MEDPRUNER_E2E"  # in the environment of every process that a test started
 DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")  # also when the test run is killed
-PATIENCE_S = 90  # for one study on two busy cores; a test that waits so long has failed
+PATIENCE_S = 180  # for one study on two busy cores; a test that waits so long has failed
 
 Value = TypeVar("Value")
 Story = dict[str, Any]
@@ -57,13 +57,14 @@ ae_title = "MODALITY"
 [[source]]
 ae_title = "PACS"
 [spool]
-min_free_gb = 0.01
+{spool}
+min_free_gb = {min_free_gb}
 [assembly]
 quiet_period_s = {quiet_period_s}
 sweep_s = 0.3
 [queue]
 {queue}
-lease_s = 5
+lease_s = {lease_s}
 ring_again_s = 2
 [database]
 {database}
@@ -160,6 +161,9 @@ class Service:
         quiet_period_s: float = 1.5,
         queue_url: str = "",
         database: str = "",
+        spool: Path | None = None,
+        min_free_gb: float = 0.01,
+        lease_s: float = 5,
         level: str = "INFO",
         port: int = 0,
     ) -> None:
@@ -176,6 +180,9 @@ class Service:
             quiet_period_s=quiet_period_s,
             queue=f'url = "{queue_url}"' if queue_url else "",
             database=f'url = "{database}"' if database else "",
+            spool=f'path = "{spool}"' if spool else "",
+            min_free_gb=min_free_gb,
+            lease_s=lease_s,
             level=level,
         )
         self.config.write_text(content + "".join(one.as_configuration() for one in pacs) + more)
@@ -275,7 +282,7 @@ class Service:
 
     def process(self, name: str) -> int:
         """The process id of `receive`, `ingest`, `dispatch`, `deliver`, `worker` or `redis`; waits for a new one."""
-        return wait_for(lambda: self._process_now(name), f"a process {name}", PATIENCE_S)
+        return wait_for(lambda: self.process_now(name), f"a process {name}", PATIENCE_S)
 
     def worker_child(self) -> int:
         """The child that holds the model."""
@@ -286,7 +293,7 @@ class Service:
         """SIGKILL of one process; returns when another one has taken its place."""
         pid = self.process(name)
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: self._process_now(name) not in (0, pid), f"another {name} process", PATIENCE_S)
+        wait_for(lambda: self.process_now(name) not in (0, pid), f"another {name} process", PATIENCE_S)
 
     def start_worker(self) -> None:
         """One more worker beside the service's own, which writes to the same log; returns once its model is loaded."""
@@ -304,7 +311,8 @@ class Service:
             )
         wait_for(lambda: self.log_text().count("model_loaded") > loaded, "one more loaded model", PATIENCE_S)
 
-    def _process_now(self, name: str) -> int:
+    def process_now(self, name: str) -> int:
+        """The process id right now; 0 while there is none."""
         for pid in children_of(self.pid):
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")

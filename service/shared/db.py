@@ -35,6 +35,15 @@ from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 BUSY_TIMEOUT_MS = 15_000
+# How long a server or a network that says nothing may hold a process up (libpq's own: for ever, or two hours). A
+# parameter of the same name in [database] url overrides.
+POSTGRESQL_WAITS: dict[str, Any] = {
+    "connect_timeout": 5,  # s
+    "keepalives_idle": 10,  # s of silence, then three probes
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,  # ms that sent bytes may stay unacknowledged
+}
 
 
 class StudyState(StrEnum):
@@ -420,7 +429,9 @@ def open_engine(url: str, *, read_only: bool = False) -> Engine:
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     # parameters are patient attributes, among others: no exception may quote them
-    engine = create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
+    waits = {key: value for key, value in POSTGRESQL_WAITS.items() if key not in parsed.query}
+    options = {"connect_args": waits} if parsed.get_backend_name() == "postgresql" else {}
+    engine = create_engine(parsed, pool_pre_ping=True, hide_parameters=True, **options)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         if read_only:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import socket
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -456,6 +457,27 @@ def test_sessions_work_again_after_the_database_was_away(tmp_path: Path) -> None
 
         server.start()
         assert get(sessions, Study, study_id).id == study_id
+
+
+def test_postgresql_that_says_nothing_is_given_up() -> None:
+    """A server that takes the connection and never answers is a database that is away, not a wait for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://postgres@127.0.0.1:{silent.getsockname()[1]}/medpruner"
+        engine = open_engine(url)
+
+        with pytest.raises(OperationalError):
+            engine.connect()
+        engine.dispose()
+
+
+def test_wait_for_postgresql_can_be_set_in_the_url(postgres_url: str) -> None:
+    """A parameter of the URL is not overridden, and the others hold."""
+    engine = open_engine(f"{postgres_url}?connect_timeout=17")
+    with engine.connect() as connection:
+        parameters = connection.connection.driver_connection.info.get_parameters()
+    engine.dispose()
+
+    assert (parameters["connect_timeout"], parameters["tcp_user_timeout"]) == ("17", "20000")
 
 
 def test_sqlite_keeps_its_promises(sqlite_url: str) -> None:
