@@ -412,11 +412,15 @@ def _decoded(content: bytes) -> A_ASSOCIATE:
     try:
         pdu.decode(content)
         request = pdu.to_primitive()
-        understood = bool(request.presentation_context_definition_list) and pdu.protocol_version & 1
+        contexts = request.presentation_context_definition_list
+        understood = bool(contexts) and pdu.protocol_version & 1
+        whole = all(context.abstract_syntax and context.transfer_syntax for context in contexts)
     except Exception as error:  # noqa: BLE001  the library raises whatever the bytes lead it to
         raise Violation(f"an A-ASSOCIATE-RQ that cannot be read: {explain_exception(error)}") from None
     if not understood:
         raise Violation("an A-ASSOCIATE-RQ without a context, or of another version of the protocol")
+    if not whole:
+        raise Violation("a presentation context without an abstract syntax or without a transfer syntax")
     return request
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event, Thread
@@ -21,6 +22,9 @@ from structlog.testing import capture_logs
 
 from service.acceptor import Acceptor, Limits, Peer, Refusal, StoreRequest
 from service.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from tests.prove.hostile import Crowd, asked_for_association, fuzz, hold
+from tests.prove.mutation import association, converse
+from tests.prove.mutation import encode as encode_tree
 from tests.receiving import (
     STUDY_UID,
     Running,
@@ -168,6 +172,36 @@ def test_silent_connections_take_no_room_from_senders(receiver: Running) -> None
             stack.enter_context(connect(receiver.port))
 
         assert stores(receiver.port)
+
+
+def test_dead_connections_of_others_lock_nobody_out(receiver: Running) -> None:
+    """200 that never ask for an association and 50 that stop inside a PDU, from other addresses: served at once."""
+    with Crowd(receiver.port):
+        assert stores(receiver.port)
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 6, 70])
+def test_half_requests_take_no_room_from_senders(receiver: Running, stop_after: int) -> None:
+    """50 connections that stop in the middle of their A-ASSOCIATE-RQ are no associations."""
+    with ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(connect(receiver.port)).sendall(association_request()[:stop_after])
+
+        assert stores(receiver.port)
+
+
+@pytest.mark.parametrize("name", ["abstract syntax", "transfer syntax"])
+def test_context_that_names_nothing_is_no_fault_of_ours(receiver: Running, name: str) -> None:
+    """A presentation context without an abstract or a transfer syntax is refused with the whole request, in words."""
+    request = association()
+    context = request.children[1]
+    context.children = [item for item in context.children if item.tag != (0x30 if name == "abstract syntax" else 0x40)]
+    with capture_logs() as lines, connect(receiver.port) as connection:
+        connection.sendall(encode_tree(request))
+
+        assert is_dropped(connection)
+    (line,) = [line for line in lines if line["event"] == "connection_dropped"]
+    assert name in line["reason"]
 
 
 def test_oldest_silent_connection_makes_room_for_the_next(tmp_path: Path) -> None:
@@ -509,29 +543,33 @@ def test_fault_of_the_disk_is_no_success(receiver: Running, monkeypatch: pytest.
     assert len(receipts(receiver.spool)) == 1
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_no_bytes_bring_the_receiver_down(receiver: Running, data: st.DataObject) -> None:
-    """Pieces of honest messages, cut, changed and shuffled: the receiver still serves the next sender."""
-    pieces: list[Callable[[], bytes]] = [
-        association_request,
-        lambda: p_data(store_command(), command=True, last=True),
-        lambda: p_data(encode(instance()), command=False, last=True),
-        lambda: struct.pack(">BxLxxxx", 5, 4),
-        lambda: data.draw(st.binary(max_size=40)),
-    ]
-    content = b"".join(data.draw(st.sampled_from(pieces))() for _ in range(data.draw(st.integers(1, 5))))
-    place = data.draw(st.integers(0, len(content)))
-    content = content[:place] + data.draw(st.binary(max_size=8)) + content[place + data.draw(st.integers(0, 8)) :]
-    with connect(receiver.port) as connection:
-        connection.sendall(association_request() + content if data.draw(st.booleans()) else content)
-        with suppress(OSError):  # it may have been dropped already
-            connection.shutdown(socket.SHUT_WR)
-        while read_pdu(connection) is not None:
-            pass
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chance=st.randoms(use_true_random=False), number=st.integers(0, 10**6))
+def test_no_conversation_brings_the_receiver_down(receiver: Running, chance: random.Random, number: int) -> None:
+    """PDUs, command sets and data sets with wrong lengths, types, nesting, UIDs, fragments and order: the receiver ends
+    the conversation, meets no fault of its own, keeps what it acknowledged, and serves the next sender."""
+    conversation = converse(number, chance)
+    with capture_logs() as lines:
+        answers = hold(receiver.port, conversation)
 
-    with connect_and_associate(receiver.port):
-        pass
+    assert answers.is_over
+    assert [line for line in lines if line["event"] == "association_failed"] == []
+    assert [status for status, _ in answers.stored if status not in (0x0000, 0xA900, 0xC000, 0xC210)] == []
+    kept = {receipt.sop_instance_uid for receipt in receipts(receiver.spool)}
+    assert {uid for status, uid in answers.stored if status == 0x0000} <= kept
+    assert asked_for_association(receiver.port)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_fuzzer_amid_dead_connections(tmp_path: Path) -> None:
+    """The first cases of `./run prove hostile`: 200 idle and 50 stalled connections stand around all the time."""
+    state = fuzz(tmp_path / "fuzz", 5, 1500, within_s=30, tell=lambda *_: None)
+
+    assert state.broken == []
+    assert state.done == 1500
+    assert state.probes > 0
+    assert state.acknowledged > 300
 
 
 def test_receiver_is_quiet_about_contents(receiver: Running) -> None:
