@@ -38,6 +38,7 @@ from service import (
     history,
     notify,
     printing,
+    requestor,
     results,
     retention,
     sender,
@@ -141,7 +142,12 @@ def _serve_all(settings: Settings, config: Path | None, stop: Event, *, with_wor
 def _receive(settings: Settings, stop: Event) -> None:
     spool = Spool(spool_folder(settings), int(settings.spool.min_free_gb * 1e9))
     try:
-        receiver = Receiver(settings.scp, settings.source, spool)
+        vouching = frozenset(
+            (one.ae_title, one.calling_ae_title or settings.scp.ae_title)
+            for one in settings.destination
+            if one.storage_commitment
+        )
+        receiver = Receiver(settings.scp, settings.source, spool, vouching=vouching)
         receiver.start()
     except (SpoolInUse, OSError) as error:
         text = str(error) if isinstance(error, SpoolInUse) else error.strerror
@@ -237,7 +243,7 @@ def echo(
         raise _fail(f"no [[destination]] is called {name!r}; known: {', '.join(known)}")
     answered = True
     for one in [known[name]] if name else known.values():
-        well, sentence = delivery.echo(one, settings.scp)
+        well, sentence = requestor.echo(one, settings.scp)
         answered &= well
         typer.echo(f"{'ok  ' if well else 'FAIL'} {one.name}: {sentence}")
     raise SystemExit(0 if answered else 1)

@@ -26,6 +26,7 @@ from pynetdicom.pdu_primitives import (
     ImplementationClassUIDNotification,
     ImplementationVersionNameNotification,
     MaximumLengthNotification,
+    SCP_SCU_RoleSelectionNegotiation,
 )
 from pynetdicom.presentation import PresentationContext
 
@@ -37,6 +38,7 @@ APPLICATION_CONTEXT_NAME = UID("1.2.840.10008.3.1.1.1")
 BACKLOG = 128
 CLOSING_S = 2.0  # for an aborted association to end by itself
 NO_DESCRIPTORS_PAUSE_S = 0.1  # before the next connection is tried when none could be had
+MAX_EVENT_INFORMATION_BYTES = 1 << 21  # ten thousand references
 REMEMBERED_CONTEXTS = 4096  # proposals whose answer is known
 
 log = structlog.get_logger(__name__)
@@ -86,6 +88,15 @@ class StoreRequest:
     """As it arrives, encoded as received; a fragment is valid until the next one. May raise `Interrupted`."""
 
 
+@dataclass(frozen=True, slots=True)
+class EventReport:
+    """One N-EVENT-REPORT-RQ of a provider that calls us, with its whole Event Information as it was encoded."""
+
+    affected_sop_class_uid: str | None
+    transfer_syntax_uid: str
+    event_information: bytes
+
+
 class Interrupted(Exception):
     """The data set will not become whole: keep nothing of it, answer nothing, let this pass."""
 
@@ -99,6 +110,14 @@ class Service(Protocol):
 
     def transfer_syntaxes(self, abstract_syntax: UID, proposed: Sequence[UID]) -> list[UID]:
         """What to accept of `proposed` for this class, best first; empty when the class is not served."""
+        ...
+
+    def may(self, peer: Peer, abstract_syntax: UID, as_provider: bool) -> bool:
+        """Whether this peer is served this class. as_provider: it proposes to be the SCP of it (PS3.7 D.3.3.4)."""
+        ...
+
+    def event_report(self, peer: Peer, report: EventReport) -> int:
+        """The status of an N-EVENT-REPORT; 0x0000 only for what is durable."""
         ...
 
     def store(self, peer: Peer, request: StoreRequest) -> int:
@@ -304,7 +323,7 @@ class _Association:
             return
         released = False
         try:
-            self.connection.send(self._acceptance(request))
+            self.connection.send(self._acceptance(request, peer))
             self.connection.begin_data(self._limits.max_pdu_bytes)
             self._serve(peer)
             released = True
@@ -314,9 +333,13 @@ class _Association:
         self.connection.send(RELEASE_REPLY)
         self.connection.linger()
 
-    def _acceptance(self, request: A_ASSOCIATE) -> bytes:
+    def _acceptance(self, request: A_ASSOCIATE, peer: Peer) -> bytes:
         answers = [self._acceptor.negotiate(context) for context in request.presentation_context_definition_list]
+        providers = _provided(request)
         for answer in answers:
+            abstract_syntax = cast(UID, answer.abstract_syntax)
+            if answer.result == 0 and not self._service.may(peer, abstract_syntax, abstract_syntax in providers):
+                answer.result = 3  # abstract syntax not supported
             if answer.result == 0:
                 self._accepted[cast(int, answer.context_id)] = str(answer.transfer_syntax[0])
         self._peer_max_pdu_bytes = request.maximum_length_received or 0
@@ -333,7 +356,9 @@ class _Association:
         primitive.result = 0x00
         primitive.result_source = 0x01
         primitive.presentation_context_definition_results_list = answers
-        primitive.user_information = [length, implementation_class, implementation_version]
+        served = {answer.abstract_syntax for answer in answers if answer.result == 0}
+        roles = [_as_provider(uid) for uid in providers if uid in served]
+        primitive.user_information = [length, implementation_class, implementation_version, *roles]
         return bytes(A_ASSOCIATE_AC(primitive).encode())
 
     # --- messages ---
@@ -352,6 +377,8 @@ class _Association:
                 status = self._store(peer, command, context_id, pdvs)
             elif command.field == CommandField.C_ECHO_RQ and not command.has_data_set:
                 status = 0x0000
+            elif command.field == CommandField.N_EVENT_REPORT_RQ and command.has_data_set:
+                status = self._event_report(peer, command, context_id, pdvs)
             elif command.field == CommandField.C_CANCEL_RQ:
                 continue
             else:
@@ -389,6 +416,18 @@ class _Association:
             raise cast(Ended, interrupted.__cause__) from None
         return status
 
+    def _event_report(self, peer: Peer, command: Command, context_id: int, pdvs: Iterator[Pdv]) -> int:
+        content = bytearray()
+        try:
+            for fragment in self._read_data_set(context_id, pdvs):
+                if len(content) + len(fragment) > MAX_EVENT_INFORMATION_BYTES:
+                    raise Violation(f"event information above {MAX_EVENT_INFORMATION_BYTES} bytes")
+                content += fragment
+        except Interrupted as interrupted:
+            raise cast(Ended, interrupted.__cause__) from None
+        report = EventReport(command.affected_sop_class_uid, self._accepted[context_id], bytes(content))
+        return self._service.event_report(peer, report)
+
     def _read_data_set(self, context_id: int, pdvs: Iterator[Pdv]) -> Iterator[memoryview]:
         try:
             size_bytes = 0
@@ -422,6 +461,23 @@ def _decoded(content: bytes) -> A_ASSOCIATE:
     if not whole:
         raise Violation("a presentation context without an abstract syntax or without a transfer syntax")
     return request
+
+
+def _provided(request: A_ASSOCIATE) -> list[UID]:
+    """The classes that the peer proposes to be the provider of, although it is the one that calls."""
+    return [
+        cast(UID, item.sop_class_uid)
+        for item in request.user_information
+        if isinstance(item, SCP_SCU_RoleSelectionNegotiation) and item.scp_role
+    ]
+
+
+def _as_provider(uid: UID) -> SCP_SCU_RoleSelectionNegotiation:
+    role = SCP_SCU_RoleSelectionNegotiation()
+    role.sop_class_uid = uid
+    role.scu_role = False
+    role.scp_role = True
+    return role
 
 
 def _rejection(refusal: Refusal) -> bytes:

@@ -1,4 +1,4 @@
-"""Command sets of C-STORE and C-ECHO, to and from bytes: Implicit VR Little Endian always (PS3.7 6.3.1).
+"""Command sets of C-STORE, C-ECHO and N-EVENT-REPORT: Implicit VR Little Endian always (PS3.7 6.3.1).
 
 The library's classes take a millisecond for a request and its answer, longer than a slice takes to arrive; a
 test holds these encodings equal to the library's. Knows nothing of PDUs or associations.
@@ -19,6 +19,7 @@ class CommandField(IntEnum):
 
     C_STORE_RQ = 0x0001
     C_ECHO_RQ = 0x0030
+    N_EVENT_REPORT_RQ = 0x0100
     C_CANCEL_RQ = 0x0FFF  # needs no answer, and there is nothing to cancel
 
 
@@ -60,7 +61,7 @@ def decode_command(content: bytes) -> Command:
 
 
 def encode_answer(request: Command, status: int) -> bytes:
-    """The answer to a C-STORE-RQ or C-ECHO-RQ (PS3.7 tables 9.3-2 and 9.3-13)."""
+    """The answer to a C-STORE-RQ, C-ECHO-RQ or N-EVENT-REPORT-RQ (PS3.7 tables 9.3-2, 9.3-13 and 10.3-2)."""
     elements = b"".join(
         (
             _encoded_uid(_AFFECTED_SOP_CLASS_UID, request.affected_sop_class_uid),

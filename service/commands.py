@@ -77,7 +77,9 @@ def resend(
     ).all()
     if not results:
         raise CannotResend("this study has no result that was built for sending; see `show`")
+    sent = set(session.scalars(select(Delivery.result_id).where(Delivery.result_id.in_([one.id for one in results]))))
     done, gone = [], 0
+    results = [one for one in results if one.id in sent] or results  # the others only stand in for those
     for result in results:
         if not (settings.data.path / result.path).exists():
             gone += 1

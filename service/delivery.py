@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from itertools import repeat
 from pathlib import Path
 from threading import Event, Thread
 
 import structlog
 from pydicom import Dataset, dcmread
+from pydicom.dataset import FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pynetdicom import AE, _config, build_context, evt
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pynetdicom import _config, build_context
 from pynetdicom.association import Association
 from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
+from service import commitment
+from service.requestor import Absence, associate
 from service.shared import transitions
-from service.shared.db import Delivery, DeliveryState, Destination, Result
+from service.shared.db import Delivery, DeliveryState, Destination, Result, ResultState
 from service.shared.durable import digest
 from service.shared.log import explain_exception
-from service.shared.settings import DestinationSettings, ScpSettings, Settings
+from service.shared.settings import DestinationSettings, ScpSettings, Settings, spool_folder
 
 ACTOR = "service/delivery"
 BATCH = 64  # results per association
-MAX_CONTEXTS = 128  # PS3.8 9.3.2.2: odd ids 1 to 255
-VERIFICATION = "1.2.840.10008.1.1"
+UNCOMPRESSED = (str(ExplicitVRLittleEndian), str(ImplicitVRLittleEndian))  # every node takes the last (PS3.5 10.1)
 
 _config.STORE_SEND_CHUNKED_DATASET = True  # a file's data set goes out as it lies there, never encoded again
 
@@ -52,6 +53,16 @@ class Answer:
     verdict: Verdict
     status: int | None
     reason: str | None
+    sent: Result | None = None  # what was sent: the result, or one that stands in for it
+
+
+@dataclass(frozen=True, slots=True)
+class Consignment:
+    """One delivery that is due, its result, and the same report in other classes, should its own not be taken."""
+
+    delivery: Delivery
+    result: Result
+    instead: tuple[Result, ...] = ()
 
 
 def judge(status: int) -> Answer:
@@ -74,59 +85,135 @@ def next_attempt(destination: DestinationSettings, attempts: int, now: datetime,
 
 
 def deliver_for_ever(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
-    """One thread per destination, so that one that is away never delays another."""
+    """Threads of its own for every destination, so that one that is slow or away never delays another."""
     threads = [
-        Thread(target=_serve_destination, args=(settings, destination, sessions, stop), name=destination.name)
+        Thread(target=_serve_destination, args=(settings, destination, sessions, stop, share), name=destination.name)
         for destination in settings.destination
+        for share in range(destination.concurrency)
     ]
     for thread in threads:
         thread.start()
-    stop.wait()
+    _take_answers(settings, sessions, stop)
     for thread in threads:
         thread.join()
 
 
 def _serve_destination(
-    settings: Settings, destination: DestinationSettings, sessions: sessionmaker[Session], stop: Event
+    settings: Settings, destination: DestinationSettings, sessions: sessionmaker[Session], stop: Event, share: int
 ) -> None:
     while not stop.is_set():
+        sent = 0
         try:
-            deliver_due(settings, destination, sessions, datetime.now(UTC))
+            now = datetime.now(UTC)
+            sent = deliver_due(settings, destination, sessions, now, share=share, stop=stop)
+            prove_due(settings, destination, sessions, now, share=share)
         except DBAPIError as error:
             log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
         except Exception as error:  # noqa: BLE001  # this loop must live; what went wrong is logged and tried again
             log.error("delivery_fault", destination=destination.name, error=explain_exception(error))
+        if sent < BATCH:
+            stop.wait(settings.assembly.sweep_s)
+
+
+def _take_answers(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
+    """Answers to storage commitment that came to our receiver, until `stop`."""
+    destinations = {one.name: one for one in settings.destination}
+    while not stop.is_set():
+        try:
+            commitment.take_answers(spool_folder(settings), sessions, destinations, datetime.now(UTC))
+        except DBAPIError as error:
+            log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
+        except Exception as error:  # noqa: BLE001  # this loop must live; what went wrong is logged and tried again
+            log.error("commitment_fault", error=explain_exception(error))
         stop.wait(settings.assembly.sweep_s)
 
 
 def deliver_due(
-    settings: Settings, destination: DestinationSettings, sessions: sessionmaker[Session], now: datetime
+    settings: Settings,
+    destination: DestinationSettings,
+    sessions: sessionmaker[Session],
+    now: datetime,
+    *,
+    share: int = 0,
+    stop: Event | None = None,
 ) -> int:
-    """Send what is due to one destination over one association and put every answer on record; how many were due."""
+    """Send what is due to one destination over one association and put every answer on record; how many were due.
+
+    share: of the destination's parallel associations, which one this is: each has its own deliveries. Between two
+    results it is seen whether the destination has been paused meanwhile, or `stop` was set.
+    """
     with sessions() as session:
-        standing = session.get(Destination, destination.name)
-        if standing is not None and standing.paused:
+        if _is_paused(session, destination):
             return 0
-        due = session.execute(
-            select(Delivery, Result)
-            .join(Result, Result.id == Delivery.result_id)
-            .where(
-                Delivery.destination == destination.name,
-                Delivery.state == DeliveryState.PENDING,
-                Delivery.next_attempt_at <= now,
-            )
-            .order_by(Delivery.next_attempt_at, Delivery.id)
-            .limit(BATCH)
-        ).all()
-    if not due:
+        consignments = _due(session, destination, now, share)
+    if not consignments:
         return 0
-    files = [settings.data.path / result.path for _, result in due]
-    results = [result for _, result in due]
-    with closing(send(destination, settings.scp, results, files)) as answers:
-        for (delivery, _), answer in zip(due, answers, strict=True):
+    with closing(send(destination, settings.scp, settings.data.path, consignments)) as answers:
+        for one, answer in zip(consignments, answers, strict=True):
             with sessions.begin() as session:
-                record(session, delivery, answer, destination, datetime.now(UTC))
-    return len(due)
+                record(session, one.delivery, answer, destination, datetime.now(UTC))
+                paused = _is_paused(session, destination)
+            if paused or (stop is not None and stop.is_set()):
+                break
+    return len(consignments)
+
+
+def prove_due(
+    settings: Settings,
+    destination: DestinationSettings,
+    sessions: sessionmaker[Session],
+    now: datetime,
+    *,
+    share: int = 0,
+) -> int:
+    """Ask the destination to vouch for what it took, where that is due; how many deliveries."""
+    unproved = commitment.due(sessions, destination, now, share)
+    if not unproved:
+        return 0
+    with sessions() as session:
+        if _is_paused(session, destination):
+            return 0
+    commitment.prove(destination, settings.scp, sessions, unproved)
+    return len(unproved)
+
+
+def _is_paused(session: Session, destination: DestinationSettings) -> bool:
+    standing = session.get(Destination, destination.name, populate_existing=True)
+    return standing is not None and standing.paused
+
+
+def _due(session: Session, destination: DestinationSettings, now: datetime, share: int) -> list[Consignment]:
+    rows = session.execute(
+        select(Delivery, Result)
+        .join(Result, Result.id == Delivery.result_id)
+        .where(
+            Delivery.destination == destination.name,
+            Delivery.state == DeliveryState.PENDING,
+            Delivery.next_attempt_at <= now,
+            Delivery.id % destination.concurrency == share,
+        )
+        .order_by(Delivery.next_attempt_at, Delivery.id)
+        .limit(BATCH)
+    ).all()
+    return [Consignment(delivery, result, _instead(session, destination, result)) for delivery, result in rows]
+
+
+def _instead(session: Session, destination: DestinationSettings, result: Result) -> tuple[Result, ...]:
+    """The same report in the classes that the destination may be sent instead, best first."""
+    kinds = [f"sr-{one.value}" for one in destination.sr_sop_classes]
+    if result.kind not in kinds[:-1]:
+        return ()
+    later = kinds[kinds.index(result.kind) + 1 :]
+    taken = select(Delivery.result_id).where(Delivery.destination == destination.name)
+    found = session.scalars(
+        select(Result).where(
+            Result.analysis_id == result.analysis_id,
+            Result.kind.in_(later),
+            Result.state == ResultState.BUILT,
+            Result.id.not_in(taken),
+        )
+    )
+    return tuple(sorted(found, key=lambda one: later.index(one.kind)))
 
 
 def record(
@@ -134,6 +221,10 @@ def record(
 ) -> None:
     """Turn one answer into the delivery's next state."""
     spent = delivery.attempts + 1 >= destination.retry_max_attempts
+    if answer.sent is not None and answer.sent.id != delivery.result_id:
+        if not transitions.fall_back_delivery(session, delivery, result_id=answer.sent.id, now=now, actor=ACTOR):
+            return
+        delivery = session.get_one(Delivery, delivery.id, populate_existing=True)
     fields = {
         "delivery_id": delivery.id,
         "destination": destination.name,
@@ -142,7 +233,15 @@ def record(
     }
     if answer.verdict is Verdict.STORED:
         assert answer.status is not None
-        transitions.close_delivered(session, delivery, status=answer.status, note=answer.reason, now=now, actor=ACTOR)
+        transitions.close_delivered(
+            session,
+            delivery,
+            status=answer.status,
+            note=answer.reason,
+            now=now,
+            actor=ACTOR,
+            proof_at=now if destination.wants_proof else None,
+        )
         log.info("delivered", **fields)
     elif answer.verdict is Verdict.REFUSED or spent:
         reason = answer.reason or ""
@@ -165,72 +264,32 @@ def record(
 
 
 def send(
-    destination: DestinationSettings, scp: ScpSettings, results: Sequence[Result], files: Sequence[Path]
+    destination: DestinationSettings, scp: ScpSettings, data: Path, consignments: Sequence[Consignment]
 ) -> Generator[Answer]:
-    """C-STORE the files over one association; one answer per file, in order, each as soon as it is there."""
-    syntaxes = [_transfer_syntax(file) for file in files]
-    wanted = {
-        (result.sop_class_uid, offered)
-        for result, syntax in zip(results, syntaxes, strict=True)
-        for offered in (syntax, str(ExplicitVRLittleEndian))  # every node must take uncompressed (PS3.5 10.1)
+    """C-STORE each over one association; one answer per consignment, in order, each as soon as it is there.
+
+    data: [data] path, below which the stored results lie.
+    """
+    offered = {
+        (result.sop_class_uid, syntax)
+        for one in consignments
+        for result in (one.result, *one.instead)
+        for syntax in (_transfer_syntax(data / result.path), *UNCOMPRESSED)
     }
-    association = _associate(destination, scp, wanted)
-    if isinstance(association, Answer):
-        yield from repeat(association, len(results))
+    association = associate(destination, scp, [build_context(*pair) for pair in sorted(offered)])
+    if isinstance(association, Absence):
+        for one in consignments:
+            if association.unsupported:
+                yield _not_supported(destination, one)
+            else:
+                yield Answer(Verdict.AGAIN, None, association.reason)
         return
     try:
-        for result, syntax, file in zip(results, syntaxes, files, strict=True):
-            yield _store(association, destination, result, syntax, file)
+        for one in consignments:
+            yield _store(association, destination, data, one)
     finally:
         if association.is_established:
             association.release()
-
-
-def echo(destination: DestinationSettings, scp: ScpSettings) -> tuple[bool, str]:
-    """C-ECHO the destination: whether it answered, and a sentence for people."""
-    association = _associate(destination, scp, {(VERIFICATION, ImplicitVRLittleEndian)})
-    if isinstance(association, Answer):
-        return False, association.reason or ""
-    try:
-        code = association.send_c_echo().get("Status")
-    except (RuntimeError, ValueError):  # it ended meanwhile
-        code = None
-    if association.is_established:
-        association.release()
-    where = _where(destination)
-    if code is None:
-        return False, f"{where} did not answer C-ECHO"
-    if code != 0x0000:
-        return False, f"{where} answered C-ECHO with 0x{code:04X}"
-    return True, f"{where} answers C-ECHO with Success"
-
-
-def _associate(
-    destination: DestinationSettings, scp: ScpSettings, wanted: set[tuple[str, str]]
-) -> Association | Answer:
-    """An established association, or what its absence means. wanted: pairs of SOP class and transfer syntax."""
-    application = AE(ae_title=destination.calling_ae_title or scp.ae_title)
-    application.connection_timeout = destination.timeout_s
-    application.acse_timeout = destination.timeout_s
-    application.dimse_timeout = destination.timeout_s
-    application.network_timeout = destination.timeout_s
-    contexts = [build_context(*pair) for pair in sorted(wanted)[:MAX_CONTEXTS]]
-    connections: list[evt.Event] = []
-    try:
-        association = application.associate(
-            destination.host,
-            destination.port,
-            contexts=contexts,
-            ae_title=destination.ae_title,
-            evt_handlers=[(evt.EVT_CONN_OPEN, connections.append)],
-        )
-    except (OSError, UnicodeError):  # from the resolver
-        return Answer(Verdict.AGAIN, None, f"{_where(destination)}: no such host; check [[destination]] host")
-    if association.is_established:
-        return association
-    if association.rejected_contexts:  # and none accepted: then pynetdicom aborts by itself
-        return _not_supported(destination, {sop_class for sop_class, _ in wanted})
-    return Answer(Verdict.AGAIN, None, _why_not(association, destination, connected=bool(connections)))
 
 
 def _transfer_syntax(file: Path) -> str:
@@ -241,58 +300,69 @@ def _transfer_syntax(file: Path) -> str:
         return str(ExplicitVRLittleEndian)
 
 
-def _where(destination: DestinationSettings) -> str:
-    return f"{destination.ae_title} at {destination.host}:{destination.port}"
-
-
-def _not_supported(destination: DestinationSettings, sop_classes: Iterable[str]) -> Answer:
+def _not_supported(destination: DestinationSettings, consignment: Consignment) -> Answer:
     """PS3.7 annex C: 0x0122, SOP Class not supported. Only another configuration, here or there, changes that."""
+    classes = [one.sop_class_uid for one in (consignment.result, *consignment.instead)]
     return Answer(
         Verdict.REFUSED,
         0x0122,
-        f"{destination.ae_title} takes no SOP class {', '.join(sorted(sop_classes))}; "
+        f"{destination.ae_title} takes no SOP class {', '.join(classes)}; "
         f"try another sr_sop_class for [[destination]] {destination.name}, or leave the companion out of its routes",
     )
 
 
-def _why_not(association: Association, destination: DestinationSettings, *, connected: bool) -> str:
-    where = _where(destination)
-    if association.is_rejected:
-        primitive = association.acceptor.primitive
-        why = f"{primitive.result_str}: {primitive.reason_str}" if primitive else "no reason given"
-        return f"{where} rejects the association ({why}); check the AE titles on both sides"
-    if connected:
-        return f"{where} aborted the association"
-    return f"{where} cannot be reached; check [[destination]] host and port, and that the PACS is up"
+def choose(
+    consignment: Consignment, syntaxes: Sequence[str], accepted: Set[tuple[str, str]]
+) -> tuple[Result, str] | None:
+    """What the destination is sent and in which transfer syntax, of what it accepted; None where it takes nothing.
+
+    syntaxes: of the stored bytes of the result and of those that may stand in for it. accepted: pairs of SOP class
+    and transfer syntax. The result itself goes before one that stands in, its own bytes before a new encoding.
+    """
+    for result, own in zip((consignment.result, *consignment.instead), syntaxes, strict=True):
+        for syntax in dict.fromkeys((own, *UNCOMPRESSED)):
+            if (result.sop_class_uid, syntax) in accepted:
+                return result, syntax
+    return None
 
 
-def _store(
-    association: Association, destination: DestinationSettings, result: Result, syntax: str, file: Path
-) -> Answer:
+def _store(association: Association, destination: DestinationSettings, data: Path, consignment: Consignment) -> Answer:
     if not association.is_established:
         return Answer(Verdict.AGAIN, None, "the association ended before this result was sent")
-    accepted = {(one.abstract_syntax, one.transfer_syntax[0]) for one in association.accepted_contexts}
-    transcoded = (result.sop_class_uid, syntax) not in accepted
-    if transcoded and (result.sop_class_uid, str(ExplicitVRLittleEndian)) not in accepted:
-        return _not_supported(destination, [result.sop_class_uid])
+    accepted = {(str(one.abstract_syntax), str(one.transfer_syntax[0])) for one in association.accepted_contexts}
+    own = [_transfer_syntax(data / one.path) for one in (consignment.result, *consignment.instead)]
+    chosen = choose(consignment, own, accepted)
+    if chosen is None:
+        return _not_supported(destination, consignment)
+    result, syntax = chosen
+    file = data / result.path
     try:
         intact = digest(file.read_bytes()) == result.sha256
     except OSError as error:
         return Answer(Verdict.AGAIN, None, f"stored result cannot be read: {error.strerror}")
     if not intact:
         return Answer(Verdict.REFUSED, None, "the stored result does not match its recorded SHA-256; not sent")
+    as_stored = syntax == _transfer_syntax(file)
     try:
-        status = association.send_c_store(_uncompressed(file) if transcoded else file)
+        status = association.send_c_store(file if as_stored else _encoded(file, syntax))
     except (RuntimeError, ValueError, OSError) as error:
         return Answer(Verdict.AGAIN, None, f"the association broke while sending ({type(error).__name__})")
     if "Status" not in status:
         return Answer(Verdict.AGAIN, None, "no answer to C-STORE within the time limit")
+    notes = [] if as_stored else [f"sent in {UID(syntax).name}, which the destination takes"]
+    if result is not consignment.result:
+        notes.append(f"sent as {UID(result.sop_class_uid).name}, which the destination takes")
     answer = judge(int(status.Status))
-    return replace(answer, reason=answer.reason or "sent uncompressed") if transcoded else answer
+    return replace(answer, reason="; ".join(filter(None, (answer.reason, *notes))) or None, sent=result)
 
 
-def _uncompressed(file: Path) -> Dataset:
-    """The same pixels under the same UID (RLE is lossless) for a destination that takes no compression."""
+def _encoded(file: Path, syntax: str) -> Dataset:
+    """The same content under the same UID (RLE is lossless) for a destination that takes no other encoding."""
     dataset = dcmread(file)
-    dataset.decompress(generate_instance_uid=False)
-    return dataset
+    if dataset.file_meta.TransferSyntaxUID.is_compressed:
+        dataset.decompress(generate_instance_uid=False)
+    elements = Dataset()  # not bound to the encoding that it was read in
+    elements.update(dataset)
+    elements.file_meta = FileMetaDataset()
+    elements.file_meta.TransferSyntaxUID = UID(syntax)
+    return elements

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import IntEnum
+from io import BytesIO
 from threading import Event, Lock, Thread
 
 import structlog
+from pydicom.filereader import read_dataset
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -25,7 +27,9 @@ from pydicom.uid import (
 from pynetdicom import ALL_TRANSFER_SYNTAXES
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
-from service.acceptor import Acceptor, Interrupted, Limits, Peer, Refusal, StoreRequest
+from service import commitment_answers
+from service.acceptor import Acceptor, EventReport, Interrupted, Limits, Peer, Refusal, StoreRequest
+from service.commitment_answers import PUSH_MODEL
 from service.instance_header import PREFIX_BYTES, Header, Unreadable, read_header, walk_header
 from service.shared.log import explain_exception
 from service.shared.settings import ScpSettings, SourceSettings
@@ -213,6 +217,7 @@ class _Tally:
     """What an open association has brought so far. Touched by its own thread, read by the heartbeat's."""
 
     address: str
+    is_source: bool  # else it may answer to storage commitment, and do no more
     stored: int = 0
     refused: int = 0
     size_bytes: int = 0
@@ -222,10 +227,20 @@ class _Tally:
 class Receiver:
     """The Storage and Verification SCP. Writes to the spool, and to nothing else."""
 
-    def __init__(self, scp: ScpSettings, sources: tuple[SourceSettings, ...], spool: Spool) -> None:
+    def __init__(
+        self,
+        scp: ScpSettings,
+        sources: tuple[SourceSettings, ...],
+        spool: Spool,
+        *,
+        vouching: frozenset[tuple[str, str]] = frozenset(),
+    ) -> None:
+        """vouching: of each destination that is asked for storage commitment, its AE title and ours as it knows us; it
+        may call us to answer, also where it is no source."""
         self._scp = scp
         self._sources = sources
         self._spool = spool
+        self._vouching = vouching
         self._acceptor: Acceptor | None = None
         self._open: dict[str, _Tally] = {}  # by association id
         self._lock = Lock()
@@ -289,11 +304,14 @@ class Receiver:
 
     def admit(self, peer: Peer) -> Refusal | None:
         denial = deny(peer, self._scp, self._sources, resolve)
+        is_source = denial is None
+        if (peer.calling_ae, peer.called_ae) in self._vouching:
+            denial = None
         with self._lock:
             neighbours = sum(tally.address == peer.address for tally in self._open.values())
             denial = denial or deny_crowd(self._scp, len(self._open), neighbours)
             if denial is None:
-                self._open[peer.association_id] = _Tally(peer.address)
+                self._open[peer.association_id] = _Tally(peer.address, is_source)
         names = {"calling_ae": peer.calling_ae, "called_ae": peer.called_ae, "address": peer.address}
         if denial is not None:
             log.warning("association_refused", **names, reason=denial.reason, remedy=denial.remedy)
@@ -302,10 +320,43 @@ class Receiver:
         return None
 
     def transfer_syntaxes(self, abstract_syntax: UID, proposed: Sequence[UID]) -> list[UID]:
-        if abstract_syntax == Verification or is_storage(abstract_syntax):
+        if abstract_syntax in (Verification, PUSH_MODEL) or is_storage(abstract_syntax):
             # where nothing fits, one that was not proposed: the answer then blames the syntaxes, not the class
             return acceptable(proposed) or [ExplicitVRLittleEndian]
         return []
+
+    def may(self, peer: Peer, abstract_syntax: UID, as_provider: bool) -> bool:
+        """Storage from sources; storage commitment from whom we ask for it, which then calls as its provider."""
+        if abstract_syntax == PUSH_MODEL:
+            return as_provider and (peer.calling_ae, peer.called_ae) in self._vouching
+        return not as_provider and (abstract_syntax == Verification or self._open[peer.association_id].is_source)
+
+    def event_report(self, peer: Peer, report: EventReport) -> int:
+        """Keep an answer to storage commitment for delivery.
+
+        0x0000 only when it is durable · 0x0115 it is no such answer · 0x0213 it cannot be kept
+        """
+        names = {"calling_ae": peer.calling_ae, "association_id": peer.association_id}
+        if report.affected_sop_class_uid != PUSH_MODEL:
+            log.warning("event_report_refused", **names, reason="not of the Storage Commitment Push Model")
+            return 0x0118  # no such SOP class
+        try:
+            syntax = UID(report.transfer_syntax_uid)
+            stream = BytesIO(report.event_information)
+            dataset = read_dataset(stream, syntax.is_implicit_VR, syntax.is_little_endian)
+            answer = commitment_answers.decode(dataset, peer.calling_ae)
+            commitment_answers.keep(self._spool.path, answer)
+        except commitment_answers.BadAnswer as error:
+            log.warning("event_report_refused", **names, reason=str(error))
+            return 0x0115  # invalid argument value
+        except OSError as error:
+            log.error("event_report_refused", **names, reason=f"it cannot be kept: {error.strerror}")
+            return 0x0213  # resource limitation; the destination reports again
+        except Exception as error:  # noqa: BLE001  # what hostile bytes lead the library to
+            log.warning("event_report_refused", **names, reason=explain_exception(error))
+            return 0x0115
+        log.info("commitment_answered", **names, committed=len(answer.committed), failed=len(answer.failed))
+        return 0x0000
 
     def store(self, peer: Peer, request: StoreRequest) -> int:
         """Answer one C-STORE.

@@ -154,7 +154,10 @@ def objects(
     destinations = route_destinations(settings, route) if route else ()
     by_class: dict[SrSopClass, list[str]] = {}
     for destination in destinations:
-        by_class.setdefault(destination.sr_sop_class, []).append(destination.name)
+        first, *instead = destination.sr_sop_classes
+        by_class.setdefault(first, []).append(destination.name)
+        for sop_class in instead:  # built, and sent only where the first is not taken (delivery.py)
+            by_class.setdefault(sop_class, [])
     for sop_class, names in (by_class or {SrSopClass.COMPREHENSIVE_3D: []}).items():
         dataset = _report(output, source, settings.report, sop_class, run)
         yield Made(f"sr-{sop_class.value}", dataset, ExplicitVRLittleEndian, names)

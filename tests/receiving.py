@@ -54,11 +54,12 @@ def running(
     sources: tuple[SourceSettings, ...] = (SourceSettings(ae_title=SENDER),),
     min_free_bytes: int = 0,
     grace_s: float = 0.0,
+    vouching: frozenset[tuple[str, str]] = frozenset(),
     **scp: Any,
 ) -> Iterator[Running]:
     """A receiver on a free port of the loopback; what is still open at the end is aborted after `grace_s`."""
     spool = Spool(folder, min_free_bytes)
-    receiver = Receiver(ScpSettings(port=0, **scp), sources, spool)
+    receiver = Receiver(ScpSettings(port=0, **scp), sources, spool, vouching=vouching)
     receiver.start()
     try:
         yield Running(receiver, spool, receiver.port)

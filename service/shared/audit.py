@@ -43,6 +43,10 @@ class AuditKind(StrEnum):
     DELIVERY_POSTPONED = "delivery-postponed"
     DELIVERY_REJECTED = "delivery-rejected"
     DELIVERY_REQUEUED = "delivery-requeued"  # by a command
+    DELIVERY_FELL_BACK = "delivery-fell-back"  # the destination takes another class of report
+    COMMITMENT_ASKED = "commitment-asked"  # storage commitment, N-ACTION
+    DELIVERY_COMMITTED = "delivery-committed"  # the destination vouches for it, or was seen to hold it
+    DELIVERY_NOT_COMMITTED = "delivery-not-committed"  # the destination has it not; sent again
     DESTINATION_PAUSED = "destination-paused"  # by a command
     DESTINATION_RESUMED = "destination-resumed"  # by a command
     STUDY_VIEWED = "study-viewed"  # by a person or a program, in the web

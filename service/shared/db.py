@@ -70,7 +70,7 @@ class ResultState(StrEnum):
 class DeliveryState(StrEnum):
     PENDING = "pending"  # waiting for its next attempt
     DELIVERED = "delivered"  # the destination answered Success or a warning
-    COMMITTED = "committed"  # the destination took responsibility for it
+    COMMITTED = "committed"  # the destination took responsibility for it, or was seen to hold it
     REJECTED = "rejected"  # the destination refused it for good, or attempts ran out
 
 
@@ -306,11 +306,17 @@ class Delivery(Base):
     reason: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime())
     delivered_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+    proof_at: Mapped[datetime | None] = mapped_column(UtcDateTime())  # when to ask for proof; None: none is wanted
+    proof_attempts: Mapped[int] = mapped_column(default=0, server_default="0")
+    transaction_uid: Mapped[str | None] = mapped_column(String(64))  # of the last request for storage commitment
+    committed_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
 
     __table_args__ = (
         UniqueConstraint("result_id", "destination"),
         Index(None, "state", "next_attempt_at"),
         Index(None, "state", "destination", "created_at"),
+        Index(None, "proof_at"),
+        Index(None, "transaction_uid"),
     )
 
 

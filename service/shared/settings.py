@@ -166,6 +166,8 @@ class RouteSettings(Section):
 
 
 class SrSopClass(StrEnum):
+    """Best first: the order in which `auto` offers them."""
+
     COMPREHENSIVE_3D = "comprehensive3d"
     COMPREHENSIVE = "comprehensive"
     ENHANCED = "enhanced"
@@ -178,11 +180,45 @@ class DestinationSettings(Section):
     host: str
     port: int = Field(ge=1, le=65535)
     calling_ae_title: AETitle | None = None
-    sr_sop_class: SrSopClass = SrSopClass.COMPREHENSIVE_3D
+    tls: bool = False
+    tls_ca: Path | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_minimum: Literal["1.2", "1.3"] = "1.2"
+    tls_verify_host: bool = True
+    sr_sop_class: SrSopClass | Literal["auto"] | Annotated[tuple[SrSopClass, ...], Field(min_length=1)] = (
+        SrSopClass.COMPREHENSIVE_3D
+    )
+    concurrency: int = Field(default=1, ge=1, le=16)
     timeout_s: float = Field(default=30, gt=0)
     retry_delay_s: float = Field(default=30, gt=0)
     retry_max_delay_s: float = Field(default=900, gt=0)
     retry_max_attempts: int = Field(default=100, ge=1)
+    storage_commitment: bool = False
+    commitment_timeout_s: float = Field(default=300, gt=0)
+    proof: Literal["none", "find"] = "none"
+
+    @property
+    def sr_sop_classes(self) -> tuple[SrSopClass, ...]:
+        """The classes of report to offer, best first; each but the first only where those before are not taken."""
+        if self.sr_sop_class == "auto":
+            return tuple(SrSopClass)
+        if isinstance(self.sr_sop_class, tuple):
+            return tuple(dict.fromkeys(self.sr_sop_class))
+        return (SrSopClass(self.sr_sop_class),)
+
+    @property
+    def wants_proof(self) -> bool:
+        """Whether a delivery is only finished once the destination has vouched for it, or was seen to hold it."""
+        return self.storage_commitment or self.proof != "none"
+
+    @model_validator(mode="after")
+    def tls_keys_fit_together(self) -> DestinationSettings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key are given together, or both left out")
+        if not self.tls and any((self.tls_ca, self.tls_certificate)):
+            raise ValueError("tls_ca, tls_certificate and tls_key have no meaning without tls = true")
+        return self
 
 
 class ReportSettings(Section):

@@ -500,9 +500,19 @@ def _pending(result_id: int, destination: str, now: datetime) -> Delivery:
 
 
 def close_delivered(
-    session: Session, delivery: Delivery, *, status: int, note: str | None, now: datetime, actor: str
+    session: Session,
+    delivery: Delivery,
+    *,
+    status: int,
+    note: str | None,
+    now: datetime,
+    actor: str,
+    proof_at: datetime | None = None,
 ) -> bool:
-    """pending -> delivered: the destination answered Success or a warning (PS3.4 Annex B, table B.2-1)."""
+    """pending -> delivered: the destination answered Success or a warning (PS3.4 Annex B, table B.2-1).
+
+    proof_at: when to ask the destination to vouch for it; None where nobody wants that.
+    """
     return _close_delivery(
         session,
         delivery,
@@ -514,6 +524,7 @@ def close_delivered(
         reason=note,
         next_attempt_at=None,
         delivered_at=now,
+        **_UNPROVED | {"proof_at": proof_at},
     )
 
 
@@ -558,6 +569,106 @@ def reject_delivery(
     )
 
 
+def fall_back_delivery(session: Session, delivery: Delivery, *, result_id: int, now: datetime, actor: str) -> bool:
+    """pending, of one class of report -> pending, of another: the destination takes that one only.
+
+    The caller has seen that the other result has no delivery of its own there.
+    """
+    changed = _changed(
+        session,
+        update(Delivery)
+        .where(
+            Delivery.id == delivery.id,
+            Delivery.state == DeliveryState.PENDING,
+            Delivery.attempts == delivery.attempts,
+            Delivery.result_id == delivery.result_id,
+        )
+        .values(result_id=result_id),
+    )
+    if changed:
+        _note_delivery(session, AuditKind.DELIVERY_FELL_BACK, delivery.id, now, actor, from_result=delivery.result_id)
+    return changed
+
+
+def ask_commitment(
+    session: Session, delivery: Delivery, *, transaction_uid: str, ask_again_at: datetime, now: datetime, actor: str
+) -> bool:
+    """delivered -> delivered, asked under this Transaction UID: noted before the request leaves, for its answer may
+    come on another association before this one is told that the request arrived."""
+    changed = _changed(
+        session,
+        _unproved(delivery).values(
+            transaction_uid=transaction_uid, proof_at=ask_again_at, proof_attempts=delivery.proof_attempts + 1
+        ),
+    )
+    if changed:
+        _note_delivery(
+            session, AuditKind.COMMITMENT_ASKED, delivery.id, now, actor, attempt=delivery.proof_attempts + 1
+        )
+    return changed
+
+
+def postpone_proof(session: Session, delivery: Delivery, *, reason: str, ask_again_at: datetime) -> bool:
+    """delivered -> delivered: no proof yet, for this reason. Not audited: nothing is different from before."""
+    return _changed(
+        session,
+        _unproved(delivery).values(
+            reason=reason, proof_at=ask_again_at, proof_attempts=delivery.proof_attempts + 1, transaction_uid=None
+        ),
+    )
+
+
+def note_unproved(session: Session, delivery_id: int, transaction_uid: str, *, reason: str) -> bool:
+    """delivered -> delivered: the request under this Transaction UID was not taken; it is asked again in its time."""
+    return _changed(
+        session,
+        update(Delivery)
+        .where(
+            Delivery.id == delivery_id,
+            Delivery.state == DeliveryState.DELIVERED,
+            Delivery.transaction_uid == transaction_uid,
+        )
+        .values(reason=reason),
+    )
+
+
+def want_no_proof(session: Session, delivery: Delivery) -> bool:
+    """delivered -> delivered, and that is its end: the destination is no longer configured to be asked."""
+    return _changed(session, _unproved(delivery).values(proof_at=None))
+
+
+def commit_delivery(session: Session, delivery_id: int, *, note: str | None, now: datetime, actor: str) -> bool:
+    """delivered -> committed: the destination vouches for it (PS3.4 Annex J), or was seen to hold it (`note`)."""
+    changed = _changed(
+        session,
+        update(Delivery)
+        .where(Delivery.id == delivery_id, Delivery.state == DeliveryState.DELIVERED)
+        .values(state=DeliveryState.COMMITTED, committed_at=now, proof_at=None, reason=note),
+    )
+    if changed:
+        _note_delivery(session, AuditKind.DELIVERY_COMMITTED, delivery_id, now, actor, note=note)
+    return changed
+
+
+def uncommit_delivery(
+    session: Session, delivery_id: int, *, reason: str, next_attempt_at: datetime | None, now: datetime, actor: str
+) -> bool:
+    """delivered -> pending: the destination has it not; -> rejected where there is no next attempt.
+
+    Attempts are kept: a destination that takes everything and keeps nothing is given up in the end.
+    """
+    state = DeliveryState.REJECTED if next_attempt_at is None else DeliveryState.PENDING
+    changed = _changed(
+        session,
+        update(Delivery)
+        .where(Delivery.id == delivery_id, Delivery.state == DeliveryState.DELIVERED)
+        .values(state=state, reason=reason, next_attempt_at=next_attempt_at, delivered_at=None, **_UNPROVED),
+    )
+    if changed:
+        _note_delivery(session, AuditKind.DELIVERY_NOT_COMMITTED, delivery_id, now, actor, state=state.value)
+    return changed
+
+
 def requeue_delivery(session: Session, delivery_id: int, *, now: datetime, actor: str) -> bool:
     """rejected -> pending with fresh attempts, by a command; the stored bytes are sent again as they are."""
     return _send_again(session, delivery_id, (DeliveryState.REJECTED,), now=now, actor=actor)
@@ -588,7 +699,7 @@ def resend_result(session: Session, result_id: int, destination: str, *, now: da
             session.add(delivery)
     except IntegrityError:  # somebody else was first
         return None
-    _note_requeued(session, delivery, now, actor)
+    _note_delivery(session, AuditKind.DELIVERY_REQUEUED, delivery.id, now, actor)
     return delivery.id
 
 
@@ -618,26 +729,11 @@ def _send_again(
         session,
         update(Delivery)
         .where(Delivery.id == delivery_id, Delivery.state.in_(closed))
-        .values(state=DeliveryState.PENDING, attempts=0, next_attempt_at=now, delivered_at=None),
+        .values(state=DeliveryState.PENDING, attempts=0, next_attempt_at=now, delivered_at=None, **_UNPROVED),
     )
     if changed:
-        _note_requeued(session, session.get_one(Delivery, delivery_id, populate_existing=True), now, actor)
+        _note_delivery(session, AuditKind.DELIVERY_REQUEUED, delivery_id, now, actor)
     return changed
-
-
-def _note_requeued(session: Session, delivery: Delivery, now: datetime, actor: str) -> None:
-    study_id, analysis_id = _analysed(session, delivery.result_id)
-    audit.append(
-        session,
-        AuditKind.DELIVERY_REQUEUED,
-        now=now,
-        actor=actor,
-        study_id=study_id,
-        analysis_id=analysis_id,
-        result_id=delivery.result_id,
-        delivery_id=delivery.id,
-        destination=delivery.destination,
-    )
 
 
 def _acquisition(analysis_id: int, output: AnalysisOutput, now: datetime) -> Acquisition:
@@ -745,6 +841,37 @@ def _close_delivery(
             attempt=delivery.attempts + 1,
         )
     return changed
+
+
+def _note_delivery(
+    session: Session, kind: AuditKind, delivery_id: int, now: datetime, actor: str, **detail: Any
+) -> None:
+    delivery = session.get_one(Delivery, delivery_id, populate_existing=True)
+    study_id, analysis_id = _analysed(session, delivery.result_id)
+    audit.append(
+        session,
+        kind,
+        now=now,
+        actor=actor,
+        study_id=study_id,
+        analysis_id=analysis_id,
+        result_id=delivery.result_id,
+        delivery_id=delivery_id,
+        destination=delivery.destination,
+        **detail,
+    )
+
+
+_UNPROVED: dict[str, Any] = {"proof_at": None, "proof_attempts": 0, "transaction_uid": None, "committed_at": None}
+
+
+def _unproved(delivery: Delivery) -> Update:
+    return update(Delivery).where(
+        Delivery.id == delivery.id,
+        Delivery.state == DeliveryState.DELIVERED,
+        Delivery.proof_attempts == delivery.proof_attempts,
+        Delivery.delivered_at == delivery.delivered_at,
+    )
 
 
 def _analysed(session: Session, result_id: int) -> tuple[int, int]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from pydicom import Dataset, dcmread
 from pydicom.uid import (
+    BasicTextSRStorage,
     Comprehensive3DSRStorage,
     ComprehensiveSRStorage,
     EnhancedSRStorage,
@@ -23,13 +28,14 @@ from pynetdicom import AE, evt
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from sqlalchemy.orm import Session, sessionmaker
 
-from service import delivery
+from service import certificates, delivery, requestor
 from service.shared import transitions
 from service.shared.db import Delivery, DeliveryState, Result
 from service.shared.durable import digest
 from service.shared.settings import DestinationSettings, ScpSettings, Settings
 from service.spool import Arrival, file_header
-from tests.receiving import data_set_bytes
+from tests.certificates import Pair, authority, issue
+from tests.receiving import data_set_bytes, encode
 from tests.rows import (
     NOW,
     add_analysis,
@@ -37,6 +43,7 @@ from tests.rows import (
     deliveries,
     finish,
     get,
+    kinds,
     open_database,
     read,
     result,
@@ -44,9 +51,19 @@ from tests.rows import (
 from tests.servers import Server, echoscu, find_program, free_port
 
 # pynetdicom drops the socket of a refused connection without closing it; CPython closes it in the same moment
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket:ResourceWarning"),
+]
+OTHER_LOOPBACK = "127.0.0.2"  # an address that the certificate of the PACS does not name
 
 SR_CLASSES = (Comprehensive3DSRStorage, ComprehensiveSRStorage, EnhancedSRStorage)
+SR_KINDS = {
+    "comprehensive3d": Comprehensive3DSRStorage,
+    "comprehensive": ComprehensiveSRStorage,
+    "enhanced": EnhancedSRStorage,
+    "basic_text": BasicTextSRStorage,
+}
 
 
 @dataclass
@@ -70,15 +87,23 @@ class Pacs:
 
 
 @contextmanager
-def listening(pacs: Pacs, *, classes: tuple[str, ...] = SR_CLASSES, **entity: Any) -> Iterator[Pacs]:
+def listening(
+    pacs: Pacs,
+    *,
+    classes: tuple[str, ...] = SR_CLASSES,
+    syntaxes: tuple[str, ...] = (ImplicitVRLittleEndian, ExplicitVRLittleEndian),
+    tls: ssl.SSLContext | None = None,
+    host: str = "127.0.0.1",
+    **entity: Any,
+) -> Iterator[Pacs]:
     """The SCP on its port, or on a free one."""
     application = AE("PACS")
     for name, value in entity.items():
         setattr(application, name, value)
     for uid in classes:
-        application.add_supported_context(uid, [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+        application.add_supported_context(uid, list(syntaxes))
     handlers: list[Any] = [(evt.EVT_C_STORE, pacs.store), (evt.EVT_REQUESTED, pacs.note)]
-    server = application.start_server(("127.0.0.1", pacs.port), block=False, evt_handlers=handlers)
+    server = application.start_server((host, pacs.port), block=False, evt_handlers=handlers, ssl_context=tls)
     assert server is not None
     pacs.port = server.server_address[1]
     try:
@@ -95,6 +120,31 @@ class Outbox:
     sessions: sessionmaker[Session]
     study_id: int
     count: int = 0
+
+    def add_report(self, *kinds: str) -> list[int]:
+        """One analysis with the same report in several classes, of which the first is to be delivered."""
+        self.count += 1
+        analysis_id = add_analysis(self.sessions, self.study_id, run_number=self.count)
+        read(self.sessions, analysis_id)
+        results = []
+        for kind in kinds:
+            uid = f"2.25.4000.{analysis_id}.{kind}"
+            sop_class_uid = SR_KINDS[kind]
+            whole = part_10(peculiar(), sop_class_uid, uid)
+            path = self.data / "outbox" / f"{analysis_id}-{kind}.dcm"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(whole)
+            row = result(
+                analysis_id,
+                kind=f"sr-{kind}",
+                sop_class_uid=sop_class_uid,
+                sop_instance_uid=uid,
+                path=str(path.relative_to(self.data)),
+                sha256=digest(whole),
+            )
+            results.append((row, ["pacs"] if kind == kinds[0] else []))
+        assert finish(self.sessions, analysis_id, *results)
+        return deliveries(self.sessions, analysis_id)
 
     def add(self, *contents: bytes, sop_class_uid: str = Comprehensive3DSRStorage) -> list[int]:
         """Pending deliveries of one analysis with one result for each data set."""
@@ -120,13 +170,13 @@ class Outbox:
         assert finish(self.sessions, analysis_id, *results)
         return deliveries(self.sessions, analysis_id)
 
-    def deliver(self, port: int, *, later: bool = False, **changes: Any) -> int:
+    def deliver(self, port: int, *, later: bool = False, share: int = 0, **changes: Any) -> int:
         """Send what is due; `later`: after every back-off."""
         fields = {"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": port, "timeout_s": 5}
         destination = DestinationSettings.model_validate(fields | changes)
         settings = Settings.model_validate({"data": {"path": self.data}})
         now = datetime.now(UTC) + timedelta(days=1) if later else NOW
-        return delivery.deliver_due(settings, destination, self.sessions, now)
+        return delivery.deliver_due(settings, destination, self.sessions, now, share=share)
 
     def row(self, delivery_id: int) -> Delivery:
         found: Delivery = get(self.sessions, Delivery, delivery_id)
@@ -321,6 +371,112 @@ def test_class_that_is_taken_goes_out_beside_one_that_is_not(outbox: Outbox) -> 
         assert outbox.row(taken).state is DeliveryState.DELIVERED
 
 
+def test_report_falls_back_to_a_class_that_is_taken(outbox: Outbox) -> None:
+    """The delivery goes on with another object of its own UID; why stands in its reason, and in the audit."""
+    with listening(Pacs(), classes=(EnhancedSRStorage, BasicTextSRStorage)) as pacs:
+        (delivery_id,) = outbox.add_report("comprehensive3d", "comprehensive", "enhanced", "basic_text")
+
+        outbox.deliver(pacs.port, sr_sop_class="auto")
+
+    row = outbox.row(delivery_id)
+    sent: Result = get(outbox.sessions, Result, row.result_id)
+    assert (row.state, row.attempts, sent.kind) == (DeliveryState.DELIVERED, 1, "sr-enhanced")
+    assert row.reason == "sent as Enhanced SR Storage, which the destination takes"
+    assert [uid for uid, _ in pacs.received] == [sent.sop_instance_uid]
+    assert kinds(outbox.sessions, delivery_id=delivery_id) == ["delivery-fell-back", "delivery-delivered"]
+
+
+def test_report_goes_out_in_its_best_class_where_that_is_taken(outbox: Outbox, pacs: Pacs) -> None:
+    """Others are offered in the negotiation, and not sent."""
+    (delivery_id,) = outbox.add_report("comprehensive3d", "comprehensive")
+
+    outbox.deliver(pacs.port, sr_sop_class="auto")
+
+    assert [uid for uid, _ in pacs.received] == [outbox_uid(outbox, delivery_id)]
+    assert outbox.row(delivery_id).reason is None
+
+
+@pytest.mark.parametrize("configured", ["comprehensive3d", ["comprehensive3d", "comprehensive"]], ids=str)
+def test_report_falls_back_only_as_configured(outbox: Outbox, configured: Any) -> None:
+    """One class alone, or a list that ends before the one that is taken: refused for good."""
+    with listening(Pacs(), classes=(EnhancedSRStorage,)) as pacs:
+        (delivery_id,) = outbox.add_report("comprehensive3d", "comprehensive", "enhanced")
+
+        outbox.deliver(pacs.port, sr_sop_class=configured)
+
+    assert (outbox.row(delivery_id).state, outbox.row(delivery_id).status) == (DeliveryState.REJECTED, 0x0122)
+    assert pacs.received == []
+
+
+def outbox_uid(outbox: Outbox, delivery_id: int) -> str:
+    found: Result = get(outbox.sessions, Result, outbox.row(delivery_id).result_id)
+    return found.sop_instance_uid
+
+
+def test_pacs_that_takes_implicit_alone_gets_the_same_content(outbox: Outbox) -> None:
+    """The default transfer syntax that every node must take (PS3.5 10.1); a note says so."""
+    with listening(Pacs(), syntaxes=(ImplicitVRLittleEndian,)) as pacs:
+        uid = "2.25.4000.1.0"
+        (delivery_id,) = outbox.add(identity(Comprehensive3DSRStorage, uid) + peculiar())
+
+        outbox.deliver(pacs.port)
+
+    row = outbox.row(delivery_id)
+    assert row.state is DeliveryState.DELIVERED
+    assert row.reason == "sent in Implicit VR Little Endian, which the destination takes"
+    ((_, content),) = pacs.received
+    received = dcmread(BytesIO(content), force=True)
+    stored = dcmread(outbox.file(delivery_id))
+    assert [element.tag for element in received] == [element.tag for element in stored]
+    assert (received.SOPInstanceUID, received.PatientName) == (uid, "Planted^Patient")
+
+
+def identity(sop_class_uid: str, sop_instance_uid: str) -> bytes:
+    """(0008,0016) and (0008,0018) in Explicit VR Little Endian."""
+    dataset = Dataset()
+    dataset.SOPClassUID = sop_class_uid
+    dataset.SOPInstanceUID = sop_instance_uid
+    return encode(dataset)
+
+
+def test_pause_stops_between_two_results(outbox: Outbox, pacs: Pacs) -> None:
+    """A slow destination is not sent all of a round before it heeds the pause; the rest waits without an attempt."""
+
+    def pause(event: evt.Event) -> None:
+        with outbox.sessions.begin() as session:
+            transitions.pause_destination(session, "pacs", now=NOW, actor="cli/somebody")
+
+    pacs.on_store = pause
+    first, second = outbox.add(peculiar(1), peculiar(2))
+
+    outbox.deliver(pacs.port)
+
+    assert outbox.row(first).state is DeliveryState.DELIVERED
+    assert (outbox.row(second).state, outbox.row(second).attempts) == (DeliveryState.PENDING, 0)
+    assert outbox.deliver(pacs.port) == 0
+
+
+def test_parallel_associations_have_deliveries_of_their_own(outbox: Outbox, pacs: Pacs) -> None:
+    """[[destination]] concurrency: each result belongs to one of them."""
+    outbox.add(*[peculiar(number) for number in range(5)])
+
+    shares = [outbox.deliver(pacs.port, share=share, concurrency=2) for share in (0, 1)]
+
+    assert sorted(shares) == [2, 3]
+    assert sorted(content for _, content in pacs.received) == [peculiar(number) for number in range(5)]
+
+
+def test_delivered_result_waits_for_its_proof_where_that_is_configured(outbox: Outbox, pacs: Pacs) -> None:
+    """Due at once; elsewhere nobody asks."""
+    (asked,) = outbox.add(peculiar(1))
+    outbox.deliver(pacs.port, storage_commitment=True)
+    (unasked,) = outbox.add(peculiar(2))
+    outbox.deliver(pacs.port)
+
+    assert outbox.row(asked).proof_at is not None
+    assert outbox.row(unasked).proof_at is None
+
+
 def test_pacs_that_was_away_gets_everything_when_it_is_back(outbox: Outbox) -> None:
     """First attempt against a closed port, second after the back-off."""
     pacs = Pacs(port=free_port())
@@ -424,6 +580,14 @@ class StoreScp(Server):
         return answer.returncode == 0 or "Association Rejected" in answer.stdout + answer.stderr
 
 
+class TlsStoreScp(StoreScp):
+    """The same over TLS: ready when it listens."""
+
+    def is_ready(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
 def test_storescp_keeps_the_bytes_of_the_outbox(outbox: Outbox, tmp_path: Path) -> None:
     """Another implementation reads what we send and stores the same data set."""
     with StoreScp(tmp_path / "storescp") as scp:
@@ -449,6 +613,125 @@ def test_storescp_that_refuses_associations_is_asked_again(outbox: Outbox, tmp_p
     assert "the association" in str(row.reason)
 
 
+# --- TLS ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Keys:
+    """Two authorities; a certificate of the PACS by the one, and of us."""
+
+    ca: Pair
+    other_ca: Pair
+    pacs: Pair
+    us: Pair
+
+    def server(self, *, mutual: bool = False, minimum: Literal["1.2", "1.3"] = "1.2") -> ssl.SSLContext:
+        ca = self.ca.certificate if mutual else None
+        return certificates.server_context(self.pacs.certificate, self.pacs.key, ca=ca, minimum=minimum)
+
+    def client(self, **changes: Any) -> dict[str, Any]:
+        """[[destination]] keys."""
+        return {"tls": True, "tls_ca": self.ca.certificate} | changes
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    folder = tmp_path_factory.mktemp("keys")
+    ca, other = authority(folder), authority(folder, "other")
+    return Keys(ca, other, issue(ca, folder, "pacs"), issue(ca, folder, "us"))
+
+
+def test_results_go_out_over_tls(outbox: Outbox, keys: Keys) -> None:
+    """Byte for byte as without; C-ECHO too."""
+    with listening(Pacs(), classes=(*SR_CLASSES, Verification), tls=keys.server()) as pacs:
+        (delivery_id,) = outbox.add(peculiar())
+
+        outbox.deliver(pacs.port, **keys.client())
+        echoed = requestor.echo(encrypted(pacs.port, keys), ScpSettings())
+
+    assert outbox.row(delivery_id).state is DeliveryState.DELIVERED
+    assert [content for _, content in pacs.received] == [peculiar()]
+    assert echoed == (True, f"PACS at 127.0.0.1:{pacs.port} answers C-ECHO with Success over TLS")
+
+
+def encrypted(port: int, keys: Keys, **changes: Any) -> DestinationSettings:
+    fields = {"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": port, "timeout_s": 5}
+    return DestinationSettings.model_validate(fields | keys.client(**changes))
+
+
+def test_pacs_that_wants_our_certificate_gets_it(outbox: Outbox, keys: Keys) -> None:
+    """Mutual TLS."""
+    with listening(Pacs(), tls=keys.server(mutual=True, minimum="1.3")) as pacs:
+        (delivery_id,) = outbox.add(peculiar())
+
+        outbox.deliver(pacs.port, **keys.client(tls_certificate=keys.us.certificate, tls_key=keys.us.key))
+
+    assert outbox.row(delivery_id).state is DeliveryState.DELIVERED
+
+
+@pytest.mark.parametrize(
+    ("server", "client", "reason"),
+    [
+        ({}, {"tls_ca": "other"}, "its certificate is not trusted: unable to get local issuer certificate"),
+        ({}, {"host": OTHER_LOOPBACK}, "its certificate is not trusted: IP address mismatch"),
+        ({"mutual": True, "minimum": "1.3"}, {}, "TLS fails: tlsv13 alert certificate required"),
+        ({"mutual": True}, {"tls_certificate": "other", "tls_key": "other"}, "TLS fails: tlsv1 alert unknown ca"),
+        (None, {}, "TLS"),
+        ({}, {"tls_ca": "missing"}, "missing.pem: no such file"),
+    ],
+    ids=["other-authority", "other-name", "no-certificate-of-ours", "certificate-of-others", "plain-pacs", "no-file"],
+)
+def test_fault_of_tls_is_told_and_tried_again(
+    outbox: Outbox, keys: Keys, server: dict[str, Any] | None, client: dict[str, Any], reason: str
+) -> None:
+    """A fault of configuration, here or there: the result waits, and its delivery says what to look at."""
+    files = {
+        "other": keys.other_ca.certificate,
+        "missing": outbox.data / "missing.pem",
+    }
+    named = {
+        name: keys.other_ca.key if name == "tls_key" else files.get(value, value) for name, value in client.items()
+    }
+    context = None if server is None else keys.server(**server)
+    with listening(Pacs(), tls=context, host=client.get("host", "127.0.0.1")) as pacs:
+        (delivery_id,) = outbox.add(peculiar())
+
+        outbox.deliver(pacs.port, **keys.client(**named))
+
+    row = outbox.row(delivery_id)
+    assert (row.state, row.status, row.attempts) == (DeliveryState.PENDING, None, 1)
+    assert reason in str(row.reason)
+    assert pacs.received == []
+
+
+def test_name_in_the_certificate_is_not_checked_where_that_is_configured(outbox: Outbox, keys: Keys) -> None:
+    """Many devices' certificates hold no name that can be resolved; the authority is checked all the same."""
+    with listening(Pacs(), tls=keys.server(), host=OTHER_LOOPBACK) as pacs:
+        (delivery_id,) = outbox.add(peculiar())
+
+        outbox.deliver(pacs.port, **keys.client(host=OTHER_LOOPBACK, tls_verify_host=False))
+
+    assert outbox.row(delivery_id).state is DeliveryState.DELIVERED
+
+
+def test_storescp_takes_results_over_tls(outbox: Outbox, keys: Keys, tmp_path: Path) -> None:
+    """dcmtk's storescp with +tls and BCP 195, and our certificate demanded."""
+    own = [
+        "+tls",
+        str(keys.pacs.key),
+        str(keys.pacs.certificate),
+        "+cf",
+        str(keys.ca.certificate),
+    ]
+    with TlsStoreScp(tmp_path / "storescp", *own, "--require-peer-cert") as scp:
+        (delivery_id,) = outbox.add(peculiar())
+
+        outbox.deliver(scp.port, **keys.client(tls_certificate=keys.us.certificate, tls_key=keys.us.key))
+
+        assert outbox.row(delivery_id).state is DeliveryState.DELIVERED, outbox.row(delivery_id).reason
+        assert [data_set_bytes(path) for path in scp.kept.iterdir()] == [peculiar()]
+
+
 # --- C-ECHO ---------------------------------------------------------------------------------------------------------
 
 
@@ -457,7 +740,7 @@ def test_echo_tells_what_the_pacs_answers() -> None:
 
     def echo(port: int, ae_title: str = "PACS") -> tuple[bool, str]:
         fields = {"name": "pacs", "ae_title": ae_title, "host": "127.0.0.1", "port": port, "timeout_s": 5}
-        return delivery.echo(DestinationSettings.model_validate(fields), ScpSettings())
+        return requestor.echo(DestinationSettings.model_validate(fields), ScpSettings())
 
     with listening(Pacs(), classes=(Verification,), require_called_aet=True) as pacs:
         assert echo(pacs.port) == (True, f"PACS at 127.0.0.1:{pacs.port} answers C-ECHO with Success")

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service import delivery
+from service import delivery, requestor
 from service.delivery import Answer, Verdict, judge, next_attempt
-from service.shared.db import Delivery, DeliveryState, Destination
+from service.shared import transitions
+from service.shared.db import Delivery, DeliveryState
 from service.shared.settings import DestinationSettings, Settings
 from tests.receiving import wait_until
 from tests.rows import NOW, add_deliveries, add_study, event, get, kinds, open_database
@@ -232,8 +233,9 @@ def test_host_that_has_no_address_is_tried_again_later(
 
 
 def pause(sessions: sessionmaker[Session], paused: bool) -> None:
+    change = transitions.pause_destination if paused else transitions.resume_destination
     with sessions.begin() as session:
-        session.merge(Destination(name="pacs", paused=paused, changed_at=NOW))
+        assert change(session, "pacs", now=NOW, actor="cli/somebody")
 
 
 def test_paused_destination_gets_nothing_until_it_is_resumed(
@@ -250,7 +252,7 @@ def test_paused_destination_gets_nothing_until_it_is_resumed(
 
 def test_echo_to_nobody_says_what_to_check() -> None:
     """The same sentence as in a delivery's reason."""
-    answered, sentence = delivery.echo(destination(), Settings().scp)
+    answered, sentence = requestor.echo(destination(), Settings().scp)
 
     assert not answered
     assert "check [[destination]] host and port" in sentence

@@ -38,7 +38,7 @@ def sessions(sqlite_url: str) -> Iterator[sessionmaker[Session]]:
         yield opened
 
 
-def destination(name: str, sr_sop_class: str = "comprehensive3d") -> dict[str, Any]:
+def destination(name: str, sr_sop_class: str | list[str] = "comprehensive3d") -> dict[str, Any]:
     return {"name": name, "ae_title": name.upper(), "host": "h", "port": 104, "sr_sop_class": sr_sop_class}
 
 
@@ -114,6 +114,23 @@ def desk_of(tmp_path: Path, sessions: sessionmaker[Session], **settings: Any) ->
 @pytest.fixture
 def desk(tmp_path: Path, sessions: sessionmaker[Session]) -> Desk:
     return desk_of(tmp_path, sessions, destination=[destination("a"), destination("b")])
+
+
+def test_reports_that_may_stand_in_are_built_and_due_nowhere(tmp_path: Path, sessions: sessionmaker[Session]) -> None:
+    """Each is an object of its own; delivery sends one only where the best is not taken."""
+    classes = ["comprehensive3d", "enhanced", "basic_text"]
+    desk = desk_of(tmp_path, sessions, destination=[destination("a", classes), destination("b", "basic_text")])
+    analysis_id = desk.read()
+
+    desk.build(analysis_id)
+
+    made = desk.made(analysis_id)
+    assert {one.kind: desk.sent_to(one) for one in made} == {
+        "sr-comprehensive3d": ["a"],
+        "sr-enhanced": [],
+        "sr-basic_text": ["b"],
+    }
+    assert len({one.sop_instance_uid for one in made}) == 3
 
 
 def test_report_is_stored_named_and_due_for_every_destination(desk: Desk) -> None:

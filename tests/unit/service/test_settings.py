@@ -374,3 +374,34 @@ def test_every_section_is_as_strict_as_the_others() -> None:
 
     assert len(sections) > 10
     assert all(one.model_config.get("frozen") and one.model_config.get("extra") == "forbid" for one in sections)
+
+
+@pytest.mark.parametrize(
+    ("configured", "classes"),
+    [
+        ('"enhanced"', ["enhanced"]),
+        ('["comprehensive", "basic_text"]', ["comprehensive", "basic_text"]),
+        ('"auto"', ["comprehensive3d", "comprehensive", "enhanced", "basic_text"]),
+    ],
+)
+def test_classes_of_report_are_offered_in_the_configured_order(
+    config: Path, configured: str, classes: list[str]
+) -> None:
+    """One, a list, or all of them, best first."""
+    config.write_text(f"{DESTINATION}sr_sop_class = {configured}\n", encoding="utf-8")
+
+    (destination,) = load(config, {}).destination
+    assert [one.value for one in destination.sr_sop_classes] == classes
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('tls = true\ntls_key = "us.key"\n', "tls_certificate and tls_key are given together"),
+        ('tls_ca = "ca.pem"\n', "have no meaning without tls = true"),
+        ("sr_sop_class = []\n", "sr_sop_class"),
+    ],
+)
+def test_destination_keys_that_cannot_be_meant_are_refused(config: Path, content: str, said: str) -> None:
+    """A certificate without its key, TLS files without TLS, no class of report at all."""
+    assert said in fault_of(config, DESTINATION + content)
