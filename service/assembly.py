@@ -150,8 +150,8 @@ def rebuild(settings: Settings, sessions: sessionmaker[Session], spool: Spool, n
     """Rows for settled receipts that have none (a lost or restored database); how many. Their studies are held:
     whether they were analysed and delivered before is not known here, so nothing runs again without a command."""
     with sessions() as session:
-        known = set(session.scalars(select(Instance.path)))
-    missing = [path for path in spool.settled() if f"studies/{path.parent.name}/{path.stem}.dcm" not in known]
+        known = frozenset(session.scalars(select(Instance.path)))
+    missing = list(spool.settled(known))
     done = sum(len(_take_batch(settings, sessions, spool, batch, now, held=True)) for batch in _batches(missing))
     if missing:
         log.warning("rows_rebuilt_from_spool", instances=done, remedy="`requeue STUDY` releases a held study")
@@ -169,6 +169,8 @@ def _take_batch(
 ) -> list[tuple[Path, Receipt]]:
     """Commit the rows of these receipts, and return those that were taken; what cannot be used is set aside."""
     receipts = [(path, receipt) for path in paths if (receipt := _readable(sessions, spool, path)) is not None]
+    if not held:
+        spool.place(receipts)
     try:
         with sessions.begin() as session:
             take(session, settings, spool, [receipt for _, receipt in receipts], now, held=held)
@@ -435,7 +437,7 @@ def _readable(sessions: sessionmaker[Session], spool: Spool, path: Path) -> Rece
     """The receipt, or None when it cannot be used: then it is set aside, logged and audited."""
     try:
         receipt = spool.read(path)
-        if not (spool.path / receipt.path).is_file():
+        if path.suffix == ".json" and not (spool.path / receipt.path).is_file():
             raise ReceiptError(f"{path.name}: the instance it names is not in the spool")
     except ReceiptError as error:
         _set_aside(sessions, spool, path, str(error))

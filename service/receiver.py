@@ -259,7 +259,8 @@ class Receiver:
         """Recover the spool, then listen. OSError when the port cannot be bound, SpoolInUse beside another."""
         self._spool.claim()
         try:
-            found = self._spool.recover(datetime.now(UTC))
+            found = self._spool.recover()
+            self._spool.make_ahead()
             self._acceptor = Acceptor(
                 host=self._scp.host,
                 port=self._scp.port,
@@ -270,13 +271,8 @@ class Receiver:
         except BaseException:
             self._spool.release()
             raise
-        if found.unfinished or found.orphans:
-            log.warning(
-                "spool_recovered",
-                unfinished=found.unfinished,
-                orphans=found.orphans,
-                orphans_removed=found.orphans_removed,
-            )
+        if found.unfinished or found.adopted:
+            log.warning("spool_recovered", unfinished=found.unfinished, adopted=found.adopted)
         if not self._sources and not self._scp.accept_unknown_sources:
             log.warning(
                 "every_sender_is_refused",

@@ -35,7 +35,7 @@ from service.shared.db import (
 )
 from service.shared.log import explain_exception
 from service.shared.settings import Settings
-from service.spool import ReceiptError, Spool, key
+from service.spool import ReceiptError, Spool, key, remove_instance
 
 ACTOR = "service/retention"
 SWEEP_S = 3600.0
@@ -114,13 +114,13 @@ def remove_instances(sessions: sessionmaker[Session], spool: Spool, *, keep_days
     """Remove the settled instances of every study that may go; how many instances."""
     removed = 0
     limit = now.timestamp() - keep_days * 86_400
-    for receipts in _settled_studies(spool):
-        if max(_changed_at(path) for path in receipts) > limit:
+    for paths in spool.settled_studies():
+        if max(_changed_at(path) for path in paths) > limit:
             continue
         try:
-            study_uid = spool.read(receipts[0]).study_uid
+            study_uid = spool.read(paths[0]).study_uid
         except ReceiptError as error:
-            log.warning("receipt_unusable", file=receipts[0].name, reason=str(error))
+            log.warning("receipt_unusable", file=paths[0].name, reason=str(error))
             continue
         if key(study_uid) in spool.open_studies(now):
             continue
@@ -134,14 +134,14 @@ def remove_instances(sessions: sessionmaker[Session], spool: Spool, *, keep_days
                 now=now,
                 actor=ACTOR,
                 study_id=study.id,
-                instances=len(receipts),
+                instances=len(paths),
                 keep_days=keep_days,
             )
         # only what was seen before the decision: an instance that came meanwhile opens the study again
-        for receipt in receipts:
-            _remove_instance(receipt)
-        removed += len(receipts)
-        log.info("spool_removed", study_id=study.id, instances=len(receipts))
+        for path in paths:
+            remove_instance(path)
+        removed += len(paths)
+        log.info("spool_removed", study_id=study.id, instances=len(paths))
     return removed
 
 
@@ -307,14 +307,6 @@ def _scrub(sessions: sessionmaker[Session]) -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _settled_studies(spool: Spool) -> Iterable[list[Path]]:
-    """The settled receipts, study by study."""
-    for folder in sorted((spool.path / "studies").iterdir()):
-        receipts = sorted(folder.glob("*.json"))
-        if receipts:
-            yield receipts
-
-
 def _changed_at(path: Path) -> float:
     """Seconds since the epoch; a file that is gone is old."""
     try:
@@ -323,19 +315,14 @@ def _changed_at(path: Path) -> float:
         return 0.0
 
 
-def _remove_instance(receipt: Path) -> None:
-    """The instance goes before its receipt, so that a removal cut short can be finished."""
-    receipt.with_suffix(".dcm").unlink(missing_ok=True)
-    receipt.unlink(missing_ok=True)
-
-
 def _remove_filed(spool: Spool, study_uid: str, filed: Sequence[str]) -> int:
     """Every instance of the study, and what else the rows name; how many files."""
-    paths = {spool.path / path for path in filed} | set(spool.instances(study_uid))
+    paths = {spool.path / path for path in filed} | set(spool.instances(study_uid)) | set(spool.set_aside_of(study_uid))
     present = [path for path in paths if path.exists()]
     for path in paths:
-        _remove_instance(path.with_suffix(".json"))
+        remove_instance(path)
     spool.remove_study(study_uid)
+    spool.sync_removals()
     return len(present)
 
 

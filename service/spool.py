@@ -1,13 +1,26 @@
-"""The hand-over from receiver to ingest: durable instances, a receipt for each, heartbeats of associations.
+"""The hand-over from receiver to ingest: durable instances with their receipts in them, heartbeats of associations.
 
 Files only; names come from digests, never from what a sender wrote. Knows nothing of DIMSE or the database.
 
+    incoming/<token>-<counter>.slot                         an empty file made ahead, or an instance that is arriving
+    incoming/<time>-<pid>-<counter>.dcm                     an acknowledged instance that waits for ingest, by arrival
     studies/<study key>/<instance key>-<content key>.dcm    one Part 10 file per distinct instance
-    studies/<study key>/<instance key>-<content key>.json   its receipt, once ingest has its row
-    incoming/<time>-<pid>-<counter>.json                    receipts that wait for ingest, in order of arrival
     associations/<association id>.json                      heartbeat; gone when older than HEARTBEAT_STALE_S
-    unusable/                                               receipts that could not be read, kept for a person
+    unusable/                                               what could not be read, kept for a person
     tmp/                                                    what is being written; emptied by a new receiver
+
+The receipt of an instance is JSON in its file meta information: (0002,0102) Private Information, RECEIPT_BYTES long,
+padded with spaces, under our (0002,0100) Private Information Creator UID. The data set follows exactly as it came.
+
+Order of writing (each step may be the last one before a kill or a power cut):
+1. the slot's name is durable, long before (slots.py);
+2. header without receipt, data set, receipt over its place, one flush of this file: now it is durable as a whole;
+3. it is linked under studies/, and renamed within incoming/; neither is flushed. Success is answered.
+4. ingest flushes the folders under studies/ (`place`), commits the rows, and only then removes the name in incoming/.
+A starting receiver adopts every slot whose receipt fits its content, and removes the others: they were never answered.
+A file under studies/ with a second name waits for ingest still.
+
+Spools of version 0.1 kept receipts apart: incoming/*.json, later beside the instance. Both are read as before.
 """
 
 from __future__ import annotations
@@ -16,29 +29,29 @@ import errno
 import fcntl
 import itertools
 import json
-import math
 import os
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
-from threading import Lock
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
 from pydantic import AwareDatetime, ConfigDict, TypeAdapter, ValidationError
 
-from service.shared.durable import sync_folder, write_durably
+from service.shared.durable import sync_folder
+from service.slots import SUFFIX, Slots
 
 RECEIPT_VERSION = 1
 HEARTBEAT_STALE_S = 30.0
-ORPHAN_AGE_S = 3600.0
 IMPLEMENTATION_CLASS_UID = "2.25.189379385699083891714922590556693550384"  # drawn once, PS3.7 D.3.3.2
 IMPLEMENTATION_VERSION_NAME = "MEDPRUNER_0_1"  # at most 16 characters
+RECEIPT_CREATOR_UID = "2.25.132170137356285793956309408053203975900"  # drawn once: who wrote (0002,0102), PS3.10 7.1
 KEY_LENGTH = 24  # hexadecimal digits, 96 bits
+RECEIPT_BYTES = 1536  # the longest receipt has about 1100
+META_BYTES = 144  # preamble, prefix and group length: what stands before the other file meta information
 CHECK_SPACE_EVERY_BYTES = 64 << 20  # of an instance that is arriving
-REMEMBERED = 200_000  # instances acknowledged since the start, about 20 MB
 
 T = TypeVar("T")
 
@@ -90,8 +103,8 @@ class Receipt(Arrival):
     duplicate: bool
 
     def to_json(self) -> bytes:
-        content = {"version": RECEIPT_VERSION, **asdict(self), "received_at": self.received_at.isoformat()}
-        return json.dumps(content, indent=1).encode()
+        content = {name: getattr(self, name) for name in _RECEIPT_FIELDS}
+        return json.dumps({"version": RECEIPT_VERSION, **content, "received_at": self.received_at.isoformat()}).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> Receipt:
@@ -126,11 +139,12 @@ class Recovered:
     """What a starting receiver found of the one before it."""
 
     unfinished: int  # files that were being written and were never acknowledged; removed
-    orphans: int  # instances without any receipt, never acknowledged
-    orphans_removed: int  # of those, the ones removed; none while a receipt cannot be read
+    adopted: int  # instances that were whole and may have been acknowledged; kept
 
 
 _RECEIPT = TypeAdapter(Receipt)
+_RECEIPT_FIELDS = tuple(field.name for field in fields(Receipt))
+_ARRIVAL_FIELDS = tuple(field.name for field in fields(Arrival))
 _OPEN_ASSOCIATION = TypeAdapter(OpenAssociation)
 
 
@@ -150,11 +164,9 @@ class Spool:
         self._associations = path / "associations"
         self._unusable = path / "unusable"
         self._tmp = path / "tmp"
-        self._lock = Lock()
         self._claim: int | None = None
         self._counter = itertools.count()
-        self._durable_studies: set[str] = set()  # folders whose own entry is known to be synced
-        self._acknowledged: set[str] = set()
+        self._slots = Slots(self._incoming)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (self._studies, self._incoming, self._associations, self._unusable, self._tmp):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -175,73 +187,77 @@ class Spool:
         self._claim = descriptor
 
     def release(self) -> None:
+        self._slots.stop()
         if self._claim is not None:
             os.close(self._claim)
             self._claim = None
 
-    def recover(self, now: datetime, orphan_age_s: float = ORPHAN_AGE_S) -> Recovered:
-        """Clear what a killed receiver left half done. Only for the process that holds the claim.
+    def recover(self) -> Recovered:
+        """Take over what a killed receiver left. Only for the process that holds the claim.
 
-        What is removed was never acknowledged: unfinished files, and instances that no receipt names. While
-        some receipt cannot be read, nobody knows which instance it names, and no orphan is removed.
+        What is removed was never acknowledged. What is whole is kept, whether its answer went out or not.
         """
-        unfinished = [*self._tmp.iterdir(), *self._incoming.glob("*.part")]
-        for path in (*unfinished, *self._associations.iterdir()):
+        unfinished, adopted = 0, 0
+        for path in (*self._tmp.iterdir(), *self._incoming.glob("*.part")):
             path.unlink()
-        waiting, complete = self._waiting()
-        orphans = self._unnamed(waiting, now, orphan_age_s)
-        if complete:
-            for path in orphans:
-                path.unlink()
-        self._acknowledged = waiting
-        return Recovered(len(unfinished), len(orphans), len(orphans) if complete else 0)
+            unfinished += 1
+        for path in self._associations.iterdir():
+            path.unlink()
+        for slot in self._incoming.glob(f"*{SUFFIX}"):
+            if slot.stat().st_size == 0:
+                slot.unlink()
+            elif self._adopt(slot):
+                adopted += 1
+            else:
+                slot.unlink()
+                unfinished += 1
+        return Recovered(unfinished, adopted)
+
+    def make_ahead(self) -> None:
+        """Keep slots ready from now on, until `release`: without them every instance would wait for one more flush."""
+        self._slots.start()
 
     def begin(self, *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> Draft:
         """A file for an instance that is arriving; NoSpace below the floor, OSError for a fault of the disk."""
         self._check_space()
-        path = self._tmp / f"{os.getpid()}-{next(self._counter)}.dcm"
-        return Draft(path, file_header(sop_class_uid, sop_instance_uid, transfer_syntax_uid), self._check_space)
+        header = file_header(sop_class_uid, sop_instance_uid, transfer_syntax_uid)
+        try:
+            return Draft(self._slots.take(), header, self._check_space)
+        except OSError as error:
+            raise self._meant(error) from error
 
     def keep(self, draft: Draft, arrival: Arrival, received_at: datetime) -> Receipt:
         """Make the instance and its receipt durable; only after return may it be acknowledged.
 
-        The file is a Part 10 header followed by the data set exactly as it came. NoSpace, or OSError for any
-        other fault of the disk: then nothing may be acknowledged and the sender will try again.
+        NoSpace, or OSError for any other fault of the disk: then nothing may be acknowledged and the sender will
+        try again.
         """
-        name = self._next_name(received_at)
+        digest = draft.digest()
+        stem = f"{key(arrival.study_uid)}/{key(arrival.sop_instance_uid)}-{digest[:KEY_LENGTH]}"
+        path = self._studies / f"{stem}.dcm"
+        present = _data_set_bytes(path)
+        receipt = Receipt(
+            **{name: getattr(arrival, name) for name in _ARRIVAL_FIELDS},
+            received_at=received_at,
+            sha256=digest,
+            size_bytes=draft.size_bytes,
+            path=f"studies/{stem}.dcm",
+            duplicate=present == draft.size_bytes and _has_receipt(path),
+        )
+        linked = False
         try:
             self._check_space()
-            digest = draft.digest()
-            study_key = key(arrival.study_uid)
-            stem = f"{study_key}/{key(arrival.sop_instance_uid)}-{digest[:KEY_LENGTH]}"
-            path = self._studies / f"{stem}.dcm"
-            duplicate = False
-            if _size(path) == draft.file_bytes:
-                draft.discard()
-                duplicate = stem in self._acknowledged or path.with_suffix(".json").exists()
-                # the one that wrote it may not have come as far as its own sync
-                self._ensure_study(study_key)
-                sync_folder(path.parent)
-            else:
-                self._place(draft, study_key, path)
-            receipt = Receipt(
-                **asdict(arrival),
-                received_at=received_at,
-                sha256=digest,
-                size_bytes=draft.size_bytes,
-                path=f"studies/{stem}.dcm",
-                duplicate=duplicate,
-            )
-            write_durably(self._incoming / f"{name}.json", receipt.to_json())
+            draft.finish(receipt.to_json())
+            if present != draft.size_bytes:
+                self._link(draft.path, path)
+                linked = True
+            draft.kept_as(self._incoming / self._next_name(received_at))
         except OSError as error:
-            for suffix in (".json", ".json.part"):
-                (self._incoming / f"{name}{suffix}").unlink(missing_ok=True)
-            if error.errno in _NO_SPACE:
-                raise NoSpace(f"{self.path}: no space left on the device") from error
-            raise
+            if linked:
+                path.unlink(missing_ok=True)
+            raise self._meant(error) from error
         finally:
             draft.discard()
-        self._remember(stem)
         return receipt
 
     def store(self, arrival: Arrival, data_set: bytes | memoryview, received_at: datetime) -> Receipt:
@@ -277,29 +293,53 @@ class Spool:
     # --- ingest's side ---
 
     def incoming(self) -> list[Path]:
-        """The receipts that wait, in order of arrival."""
-        return sorted(self._incoming.glob("*.json"))
+        """What waits for ingest, in order of arrival: instances, and receipts of version 0.1."""
+        with os.scandir(self._incoming) as entries:
+            names = [entry.name for entry in entries if entry.name.endswith((".dcm", ".json"))]
+        return [self._incoming / name for name in sorted(names)]
 
     def read(self, path: Path) -> Receipt:
-        """The receipt in `path`; ReceiptError names the file and what to do."""
+        """The receipt in an instance, beside it, or in a file of its own; ReceiptError names it and what to do."""
         try:
-            return Receipt.from_json(path.read_bytes())
+            if path.suffix == ".json":
+                return Receipt.from_json(path.read_bytes())
+            embedded = _embedded_receipt(path)
+            return Receipt.from_json(embedded or path.with_suffix(".json").read_bytes())
         except ReceiptError as error:
             raise ReceiptError(f"{path.name}: {error}; set it aside, or update this program") from error
+        except FileNotFoundError as error:
+            if path.exists():
+                raise ReceiptError(f"{path.name}: there is no receipt in it; set it aside") from error
+            raise
+
+    def place(self, waiting: Iterable[tuple[Path, Receipt]]) -> None:
+        """Make the names of these instances under studies/ durable: before their rows are committed.
+
+        Safe to repeat. OSError for a fault of the disk; the names in incoming/ stay until `settle`.
+        """
+        folders = set()
+        for path, receipt in waiting:
+            if path.suffix == ".dcm":
+                target = self.path / receipt.path
+                if _data_set_bytes(target) != receipt.size_bytes:
+                    self._link(path, target)
+                folders.add(target.parent)
+        for folder in (*folders, self._studies):
+            sync_folder(folder)
 
     def settle(self, path: Path, receipt: Receipt) -> None:
-        """Its row is committed: the first receipt of an instance moves beside it, later ones are removed.
+        """Its row is committed: it waits no longer. A receipt of version 0.1 moves beside its instance.
 
-        Safe to repeat. Not synced: a receipt that comes back after a power cut is a duplicate to ingest.
+        Safe to repeat. Not synced: what comes back after a power cut is a duplicate to ingest.
         """
         beside = (self.path / receipt.path).with_suffix(".json")
-        if beside.exists() or not beside.parent.is_dir():
+        if path.suffix == ".dcm" or beside.exists() or not beside.parent.is_dir():
             path.unlink(missing_ok=True)
         elif path.exists():
             path.rename(beside)
 
     def set_aside(self, path: Path) -> Path:
-        """Move a receipt that cannot be used out of the way, and say where to."""
+        """Move what cannot be used out of the way, and say where to."""
         return path.rename(self._unusable / path.name)
 
     def open_associations(self, now: datetime) -> list[OpenAssociation]:
@@ -319,34 +359,49 @@ class Spool:
         """The studies that an open association has brought instances of, as `key(study_uid)`."""
         return frozenset(study for opened in self.open_associations(now) for study in opened.study_keys)
 
-    def settled(self) -> Iterator[Path]:
-        """The receipts beside their instances: all that is needed to rebuild the rows."""
-        return (path for folder in sorted(self._studies.iterdir()) for path in sorted(folder.glob("*.json")))
+    def settled(self, known: Collection[str] = ()) -> Iterator[Path]:
+        """Instances that ingest has taken, all that is needed to rebuild the rows; without the paths in `known`."""
+        for folder in sorted(self._studies.iterdir()):
+            yield from (path for path in _files(folder) if _place(path) not in known and _is_settled(path))
+
+    def settled_studies(self) -> Iterator[list[Path]]:
+        """The same, study by study."""
+        for folder in sorted(self._studies.iterdir()):
+            found = [path for path in _files(folder) if _is_settled(path)]
+            if found:
+                yield found
 
     def instances(self, study_uid: str) -> list[Path]:
-        """Every instance of the study that lies here, with or without a receipt."""
-        return sorted((self._studies / key(study_uid)).glob("*.dcm"))
+        """Every instance of the study that lies here, whether ingest has taken it or not."""
+        return _files(self._studies / key(study_uid))
 
-    def orphans(self, now: datetime, older_than_s: float = ORPHAN_AGE_S) -> list[Path]:
-        """Instances that no receipt names and that nobody is about to acknowledge."""
-        return self._unnamed(self._waiting()[0], now, older_than_s)
+    def set_aside_of(self, study_uid: str) -> list[Path]:
+        """What lies in unusable/ and is of the study, as far as its receipt or its other name says."""
+        inodes = {path.stat().st_ino for path in self.instances(study_uid)}
+        return [
+            path for path in self._unusable.iterdir() if path.stat().st_ino in inodes or self._is_of(path, study_uid)
+        ]
 
     def remove_study(self, study_uid: str) -> int:
-        """Remove the settled instances of a study and return how many; what came meanwhile stays.
-
-        The instance goes before its receipt, so that a removal cut short can be finished by calling again.
-        """
+        """Remove the settled instances of a study and return how many; what came meanwhile stays."""
         folder = self._studies / key(study_uid)
-        receipts = sorted(folder.glob("*.json"))
-        for receipt in receipts:
-            receipt.with_suffix(".dcm").unlink(missing_ok=True)
-            receipt.unlink(missing_ok=True)
+        settled = [path for path in _files(folder) if _is_settled(path)]
+        for path in settled:
+            remove_instance(path)
+        for receipt in folder.glob("*.json"):  # of a removal that was cut short
+            if not receipt.with_suffix(".dcm").exists():
+                receipt.unlink(missing_ok=True)
         try:
             folder.rmdir()
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                 raise
-        return len(receipts)
+        return len(settled)
+
+    def sync_removals(self) -> None:
+        """What was settled or removed does not come back after a power cut."""
+        for folder in (self._incoming, self._studies):
+            sync_folder(folder)
 
     def free_bytes(self) -> int:
         """What an unprivileged writer has left on the spool's file system."""
@@ -359,91 +414,65 @@ class Spool:
         if self.free_bytes() < self._min_free_bytes:
             raise NoSpace(f"{self.path}: less than [spool] min_free_gb left; free space or lower the floor")
 
-    def _place(self, draft: Draft, study_key: str, path: Path) -> None:
-        draft.sync()
-        self._ensure_study(study_key)
+    def _meant(self, error: OSError) -> OSError | NoSpace:
+        return NoSpace(f"{self.path}: no space left on the device") if error.errno in _NO_SPACE else error
+
+    def _is_of(self, path: Path, study_uid: str) -> bool:
         try:
-            draft.path.rename(path)
-        except FileNotFoundError:  # retention removed the empty folder in between
-            self._ensure_study(study_key)
-            draft.path.rename(path)
-        sync_folder(path.parent)
+            return self.read(path).study_uid == study_uid
+        except (ReceiptError, FileNotFoundError):
+            return False
 
-    def _ensure_study(self, study_key: str) -> None:
-        """The study's folder exists and survives a power cut."""
-        folder = self._studies / study_key
-        with self._lock:
-            if study_key in self._durable_studies and folder.is_dir():
-                return
-            folder.mkdir(mode=0o700, exist_ok=True)
-            sync_folder(self._studies)
-            self._durable_studies.add(study_key)
+    def _link(self, source: Path, target: Path) -> None:
+        """A second name for a durable instance, instead of whatever damaged copy has that name."""
+        try:
+            os.link(source, target)
+        except FileNotFoundError:  # the first of its study, or retention removed the empty folder
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            os.link(source, target)
+        except FileExistsError:
+            if _data_set_bytes(target) != _data_set_bytes(source):
+                beside = self._tmp / f"{source.name}.link"
+                os.link(source, beside)
+                beside.replace(target)
 
-    def _remember(self, stem: str) -> None:
-        with self._lock:
-            if len(self._acknowledged) >= REMEMBERED:
-                self._acknowledged.clear()
-            self._acknowledged.add(stem)
+    def _adopt(self, slot: Path) -> bool:
+        """Keep a slot whose content is what its receipt says; nothing else can have been acknowledged."""
+        try:
+            receipt = self.read(slot)
+            if _data_set_digest(slot) != (receipt.sha256, receipt.size_bytes):
+                return False
+        except ReceiptError:
+            return False
+        with slot.open("rb") as stream:
+            os.fsync(stream.fileno())  # what was killed may have come as far as its flush, or not
+        self._link(slot, self.path / receipt.path)
+        slot.rename(self._incoming / self._next_name(receipt.received_at))
+        return True
 
     def _next_name(self, moment: datetime) -> str:
         nanoseconds = int(moment.timestamp() * 1_000_000) * 1000
-        return f"{nanoseconds:020d}-{os.getpid()}-{next(self._counter):09d}"
+        return f"{nanoseconds:020d}-{os.getpid()}-{next(self._counter):09d}.dcm"
 
     def _heartbeat(self, association_id: str) -> Path:
         return self._associations / f"{association_id}.json"
 
-    def _waiting(self) -> tuple[set[str], bool]:
-        """<study key>/<stem> of instances whose receipts wait, and whether every receipt could be read.
-
-        Those set aside count: what they name was acknowledged.
-        """
-        stems = set()
-        complete = True
-        for path in (*self._unusable.iterdir(), *self.incoming()):
-            try:
-                receipt = self.read(path)
-            except FileNotFoundError:  # settled meanwhile
-                continue
-            except ReceiptError:
-                complete = False
-                continue
-            stems.add(receipt.path.removeprefix("studies/").removesuffix(".dcm"))
-        return stems, complete
-
-    def _unnamed(self, waiting: set[str], now: datetime, older_than_s: float) -> list[Path]:
-        """Instances that neither `waiting` nor a receipt beside them names.
-
-        `waiting` was read before: a receipt that ingest moves meanwhile is then seen in one place at least.
-        """
-        before = now.timestamp() - older_than_s
-        return [
-            path
-            for path in sorted(self._studies.glob("*/*.dcm"))
-            if f"{path.parent.name}/{path.stem}" not in waiting
-            and not path.with_suffix(".json").exists()
-            and _modified(path) < before
-        ]
-
 
 class Draft:
-    """An instance while it arrives: a Part 10 file under tmp/, and the digest of its data set so far.
+    """An instance while it arrives: a Part 10 file in a slot, and the digest of its data set so far.
 
     After `discard` nothing is left of it, unless it was kept. Used by one thread.
     """
 
-    def __init__(self, path: Path, header: bytes, check_space: Callable[[], None]) -> None:
-        self.path = path
+    def __init__(self, slot: Path, header: bytes, check_space: Callable[[], None]) -> None:
+        self.path = slot
         self.size_bytes = 0  # of the data set
-        self._header = header
+        self._header_bytes = len(header)
         self._unwritten = header  # goes with the first fragment, in one write
         self._check_space = check_space
         self._checked_bytes = 0
         self._digest = sha256()
-        self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-
-    @property
-    def file_bytes(self) -> int:
-        return len(self._header) + self.size_bytes
+        self._descriptor: int | None = os.open(slot, os.O_WRONLY)
 
     def write(self, fragment: bytes | memoryview) -> None:
         """Append to the data set; NoSpace or OSError when it does not fit."""
@@ -467,14 +496,28 @@ class Draft:
     def open_data_set(self) -> BinaryIO:
         """What was written, to be read again from the beginning of the data set on; the caller closes it."""
         stream = self.path.open("rb")
-        stream.seek(len(self._header))
+        stream.seek(self._header_bytes)
         return stream
 
-    def sync(self) -> None:
-        os.fsync(self._open())
+    def finish(self, receipt: bytes) -> None:
+        """Write the receipt into its place, and make all of it durable."""
+        if len(receipt) > RECEIPT_BYTES:
+            raise ValueError(f"a receipt of {len(receipt)} bytes")
+        if self._unwritten:
+            self._append(self._unwritten)
+            self._unwritten = b""
+        os.pwrite(self._open(), receipt.ljust(RECEIPT_BYTES), self._header_bytes - RECEIPT_BYTES)
+        os.fdatasync(self._open())
+
+    def kept_as(self, path: Path) -> None:
+        """Rename it within its folder; from now on it is not ours to discard."""
+        self.path.rename(path)
+        self.path = path
+        os.close(self._open())
+        self._descriptor = None
 
     def discard(self) -> None:
-        """Remove it, if it still lies under tmp/. Safe to repeat."""
+        """Remove it, if it was not kept. Safe to repeat."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -492,7 +535,10 @@ class Draft:
 
 
 def file_header(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str) -> bytes:
-    """Preamble, prefix and file meta information for a data set that is to be kept as it is (PS3.10 7.1)."""
+    """Preamble, prefix and file meta information for a data set that is to be kept as it is (PS3.10 7.1).
+
+    It ends with the place of the receipt, blank.
+    """
     elements = b"".join(
         (
             struct.pack("<HH2sHL", 0x0002, 0x0001, b"OB", 0, 2) + b"\x00\x01",
@@ -501,9 +547,21 @@ def file_header(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: 
             _element(0x0010, b"UI", transfer_syntax_uid, b"\x00"),
             _element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID, b"\x00"),
             _element(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME, b" "),
+            _element(0x0100, b"UI", RECEIPT_CREATOR_UID, b"\x00"),
+            _RECEIPT_ELEMENT,
+            b" " * RECEIPT_BYTES,
         )
     )
     return bytes(128) + b"DICM" + struct.pack("<HH2sHL", 0x0002, 0x0000, b"UL", 4, len(elements)) + elements
+
+
+_RECEIPT_ELEMENT = struct.pack("<HH2sHL", 0x0002, 0x0102, b"OB", 0, RECEIPT_BYTES)
+
+
+def remove_instance(path: Path) -> None:
+    """The instance goes before a receipt beside it, so that a removal cut short can be finished."""
+    path.unlink(missing_ok=True)
+    path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def _element(number: int, vr: bytes, text: str, padding: bytes) -> bytes:
@@ -527,19 +585,65 @@ def _parse(adapter: TypeAdapter[T], content: bytes) -> T:
         raise ReceiptError(f"not understood: {places}") from error
 
 
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
+def _files(folder: Path) -> list[Path]:
+    """The instances in a study's folder; none where it is gone."""
+    return sorted(folder.glob("*.dcm"))
 
 
-def _modified(path: Path) -> float:
-    """Seconds since the epoch; never, when the file has gone meanwhile."""
+def _place(path: Path) -> str:
+    """As a receipt names it."""
+    return f"studies/{path.parent.name}/{path.name}"
+
+
+def _is_settled(path: Path) -> bool:
+    """It has no second name in incoming/, and a receipt somewhere: without, version 0.1 never acknowledged it."""
     try:
-        return path.stat().st_mtime
+        return path.stat().st_nlink == 1 and _has_receipt(path)
     except FileNotFoundError:
-        return math.inf
+        return False
+
+
+def _has_receipt(path: Path) -> bool:
+    return bool(_embedded_receipt(path)) or path.with_suffix(".json").exists()
+
+
+def _header_of(path: Path) -> bytes:
+    """Preamble and file meta information of an instance; empty for anything else."""
+    try:
+        with path.open("rb", buffering=0) as stream:
+            content = stream.read(1 << 12)
+    except FileNotFoundError:
+        return b""
+    if len(content) < META_BYTES or content[128:140] != _META_START:
+        return b""
+    size = META_BYTES + int.from_bytes(content[140:144], "little")
+    return content[:size] if size <= len(content) else b""
+
+
+_META_START = b"DICM" + struct.pack("<HH2sH", 0x0002, 0x0000, b"UL", 4)
+
+
+def _embedded_receipt(path: Path) -> bytes:
+    """The receipt in an instance's header, without its padding; empty where there is none."""
+    header = _header_of(path)
+    start = len(header) - RECEIPT_BYTES
+    if start <= 0 or header[start - len(_RECEIPT_ELEMENT) : start] != _RECEIPT_ELEMENT:
+        return b""
+    return header[start:].rstrip(b" ")
+
+
+def _data_set_bytes(path: Path) -> int | None:
+    """How long the data set in an instance is; None where there is no instance."""
+    header = _header_of(path)
+    return path.stat().st_size - len(header) if header else None
+
+
+def _data_set_digest(path: Path) -> tuple[str, int]:
+    """SHA-256 and size of the data set in an instance."""
+    with path.open("rb") as stream:
+        stream.seek(len(_header_of(path)))
+        content = file_digest(stream, "sha256").hexdigest()
+        return content, stream.tell() - len(_header_of(path))
 
 
 def _create(path: Path, content: bytes) -> None:

@@ -31,7 +31,7 @@ from pynetdicom.pdu_primitives import (
 
 from service.receiver import Receiver
 from service.shared.settings import ScpSettings, SourceSettings
-from service.spool import Receipt, Spool
+from service.spool import RECEIPT_BYTES, Receipt, Spool
 
 SENDER = "SENDER"
 STUDY_UID = "1.2.826.0.1.3680043.10.1.1"
@@ -188,6 +188,33 @@ def data_set_bytes(path: Path) -> bytes:
     assert content[128:132] == b"DICM"
     (length,) = struct.unpack("<L", content[140:144])
     return content[144 + length :]
+
+
+def arriving(spool: Spool) -> list[Path]:
+    """Slots in which something was written: nothing may be left of what was not acknowledged."""
+    return [path for path in (spool.path / "incoming").glob("*.slot") if path.stat().st_size]
+
+
+def rewrite_receipt(path: Path, change: Callable[[str], str]) -> None:
+    """Change the receipt that an instance holds, and nothing else of it."""
+    content = path.read_bytes()
+    end = len(content) - len(data_set_bytes(path))
+    receipt = content[end - RECEIPT_BYTES : end].decode().rstrip()
+    path.write_bytes(content[: end - RECEIPT_BYTES] + change(receipt).encode().ljust(RECEIPT_BYTES) + content[end:])
+
+
+def as_version_0_1(spool: Spool, waiting: Path) -> Path:
+    """Turn an instance that waits into what version 0.1 left: the receipt in a file of its own, which is returned."""
+    receipt, instance_path = spool.read(waiting), spool.path / spool.read(waiting).path
+    content = instance_path.read_bytes()
+    end = len(content) - len(data_set_bytes(instance_path))
+    elements = content[144 : content.index(struct.pack("<HH2s", 0x0002, 0x0100, b"UI"))]
+    instance_path.unlink()
+    instance_path.write_bytes(content[:140] + struct.pack("<L", len(elements)) + elements + content[end:])
+    beside = waiting.with_suffix(".json")
+    beside.write_bytes(receipt.to_json())
+    waiting.unlink()
+    return beside
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:

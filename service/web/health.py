@@ -114,7 +114,7 @@ def _spool(settings: Settings) -> Check:
         return Check(ok=False, detail="not there yet; the receiver makes it")
     if not os.access(folder, os.R_OK | os.X_OK):
         return Check(ok=False, detail="cannot be read by this process")
-    waiting = sum(1 for _ in (folder / "incoming").glob("*.json"))
+    waiting = sum(1 for path in (folder / "incoming").iterdir() if path.suffix in (".dcm", ".json"))
     return Check(ok=True, detail=f"readable, {waiting} receipts waiting")
 
 

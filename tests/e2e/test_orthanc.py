@@ -98,7 +98,7 @@ def test_a_forwarded_copy_of_the_study_starts_nothing(
         study_uid, lambda story: kinds(story).count("instances-received-again") > before, "the copy is recorded"
     )
     wait_for(
-        lambda: not list((service.settings.data.path / "spool" / "incoming").iterdir()), "all ingested", PATIENCE_S
+        lambda: not list((service.settings.data.path / "spool" / "incoming").glob("*.dcm")), "all ingested", PATIENCE_S
     )
     assert after["study"]["revision"] == 1
     assert len(service.story(study_uid)["analyses"]) == 1

@@ -22,6 +22,7 @@ from pynetdicom import AE, AllStoragePresentationContexts, Association, build_co
 from sqlalchemy import MetaData, select
 
 from service.shared.db import Acquisition, ReportText, StudyHeader
+from service.spool import Spool
 from tests.phantom_series import PhantomSeries
 from tests.running import FINAL, SENDER, Pacs, Service, Storescp, deliveries, send
 from tests.servers import free_port, wait_for
@@ -248,12 +249,14 @@ def test_he_is_not_in_redis(aftermath: Aftermath) -> None:
 
 
 def test_he_is_in_no_receipt_and_no_heartbeat(aftermath: Aftermath) -> None:
-    """What the receiver writes beside the instances says where they came from, not whose they are."""
+    """What the receiver adds to the instances says where they came from, not whose they are."""
     spool = aftermath.service.settings.data.path / "spool"
-    receipts = [path for path in spool.rglob("*") if path.is_file() and path.suffix != ".dcm"]
+    others = [path for path in spool.rglob("*") if path.is_file() and path.suffix != ".dcm"]
+    receipts = [Spool(spool, 0).read(path).to_json() for path in spool.glob("studies/*/*.dcm")]
 
-    assert len([path for path in receipts if path.suffix == ".json"]) > 50
-    assert [path for path in receipts if marks_in(path.read_bytes())] == []
+    assert len(receipts) > 50
+    assert [path for path in others if marks_in(path.read_bytes())] == []
+    assert marks_in(b"\n".join(receipts)) == []
     assert aftermath.heartbeats
     assert marks_in(b"\n".join(aftermath.heartbeats)) == []
     names = "\n".join(str(path.relative_to(spool.parent)) for path in spool.parent.rglob("*"))

@@ -571,10 +571,10 @@ def test_killed_receiver_loses_nothing_that_it_acknowledged(tmp_path: Path) -> N
             thread.join()
 
     spool = Spool(folder, 0)
-    spool.recover(datetime.now(UTC))
+    spool.recover()
     named = {receipt.sop_instance_uid: receipt for receipt in receipts(spool)}
     assert len(acknowledged) >= 6
-    assert list((folder / "tmp").iterdir()) == []
+    assert list((folder / "incoming").glob("*.slot")) == []
     for number in acknowledged:
         receipt = named[f"{STUDY_UID}.1.{number}"]
         assert data_set_bytes(folder / receipt.path) == encode(instance(number))

@@ -28,6 +28,7 @@ from tests.prove.mutation import encode as encode_tree
 from tests.receiving import (
     STUDY_UID,
     Running,
+    arriving,
     associate,
     association_request,
     data_set_bytes,
@@ -282,7 +283,7 @@ def test_data_set_that_never_ends_is_cut_off(tmp_path: Path) -> None:
 
             assert is_dropped(connection)
         assert receipts(receiver.spool) == []
-        assert list((receiver.spool.path / "tmp").iterdir()) == []
+        assert arriving(receiver.spool) == []
         assert stores(receiver.port)
 
 
@@ -380,14 +381,19 @@ def test_data_set_of_endlessly_nested_sequences_is_answered(receiver: Running) -
 @pytest.mark.parametrize("uid", ["../../x", "/tmp/owned", "..", "1.2/../../3"])
 def test_uid_that_is_a_path_is_refused(receiver: Running, uid: str, tmp_path: Path) -> None:
     """It is no UID: 0xC000, and no file anywhere."""
-    before = sorted(tmp_path.rglob("*"))
+    before = written(tmp_path)
     data_set = encode(instance()).replace(_ui(0x0008, 0x0018, f"{STUDY_UID}.1.1"), _ui(0x0008, 0x0018, uid))
     association = associate(receiver.port)
     status = send(association, data_set, sop_instance_uid=uid)
     association.release()
 
     assert status == 0xC000
-    assert sorted(tmp_path.rglob("*")) == before
+    assert written(tmp_path) == before
+
+
+def written(folder: Path) -> list[Path]:
+    """All but the empty slots, which are made ahead whenever it suits."""
+    return sorted(path for path in folder.rglob("*") if path.suffix != ".slot" or path.stat().st_size)
 
 
 def _ui(group: int, element: int, text: str) -> bytes:
@@ -411,7 +417,7 @@ def test_transfer_that_is_cut_leaves_nothing(receiver: Running, leave: str) -> N
     wait_until(lambda: receiver.spool.open_associations(datetime.now(UTC)) == [])
     assert [receipt.sop_instance_uid for receipt in receipts(receiver.spool)] == [f"{STUDY_UID}.1.2"]
     assert len(receiver.spool.instances(STUDY_UID)) == 1
-    assert list((receiver.spool.path / "tmp").iterdir()) == []
+    assert arriving(receiver.spool) == []
 
 
 def test_messages_sent_ahead_are_all_answered_in_order(receiver: Running) -> None:
@@ -534,7 +540,7 @@ def test_fault_of_the_disk_is_no_success(receiver: Running, monkeypatch: pytest.
 
     association = associate(receiver.port)
     with monkeypatch.context() as broken:
-        broken.setattr(os, "fsync", fail)
+        broken.setattr(os, "fdatasync", fail)
         refused = send_instance(association, instance())
     stored = send_instance(association, instance())
     association.release()

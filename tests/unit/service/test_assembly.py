@@ -34,7 +34,15 @@ from service.assembly import Patient, are_different, vouch_for_header, why_compl
 from service.shared.db import Analysis, AnalysisState, Instance, Study, StudyHeader, StudyState
 from service.shared.settings import Settings
 from service.spool import Arrival, OpenAssociation, Receipt, Spool, key
-from tests.receiving import STUDY_UID, encode, instance, wait_until
+from tests.receiving import (
+    STUDY_UID,
+    as_version_0_1,
+    data_set_bytes,
+    encode,
+    instance,
+    rewrite_receipt,
+    wait_until,
+)
 from tests.rows import NOW, add_analysis, add_study, after, claimed, finish, get, kinds, open_database, read, result
 
 SETTINGS = Settings.model_validate(
@@ -586,20 +594,20 @@ def test_vouching_depends_on_the_salt(sqlite_way: Way) -> None:
 # --- what cannot be used --------------------------------------------------------------------------------------------
 
 
-def unreadable(receipt: Path) -> None:
-    receipt.write_bytes(b'{"version": 1, "patient": "Planted^Patient"')
+def unreadable(waiting: Path) -> None:
+    rewrite_receipt(waiting, lambda _: '{"version": 1, "patient": "Planted^Patient"')
 
 
-def of_another_version(receipt: Path) -> None:
-    receipt.write_bytes(receipt.read_bytes().replace(b'"version": 1', b'"version": 2'))
+def of_another_version(waiting: Path) -> None:
+    rewrite_receipt(waiting, lambda text: text.replace('"version": 1', '"version": 2'))
 
 
-def with_an_unknown_field(receipt: Path) -> None:
-    receipt.write_bytes(receipt.read_bytes().replace(b'"version": 1', b'"version": 1, "priority": 3'))
+def with_an_unknown_field(waiting: Path) -> None:
+    rewrite_receipt(waiting, lambda text: text.replace('"version": 1', '"version": 1, "priority": 3'))
 
 
-def too_long_for_its_column(receipt: Path) -> None:
-    receipt.write_bytes(receipt.read_bytes().replace(b'"SENDER"', b'"' + b"S" * 40 + b'"'))
+def too_long_for_its_column(waiting: Path) -> None:
+    rewrite_receipt(waiting, lambda text: text.replace('"SENDER"', '"' + "S" * 40 + '"'))
 
 
 @pytest.mark.parametrize("spoil", [unreadable, of_another_version, with_an_unknown_field])
@@ -644,18 +652,43 @@ def test_settled_receipt_that_the_database_refuses_does_not_stop_a_rebuild(tmp_p
 
 
 def test_receipt_without_its_instance_is_set_aside(sqlite_way: Way) -> None:
-    """A row would promise bytes that are not there."""
+    """A row would promise bytes that are not there. (Version 0.1 kept receipts apart.)"""
     receipt = sqlite_way.arrive(instance(1))
+    as_version_0_1(sqlite_way.spool, sqlite_way.spool.incoming()[0])
     (sqlite_way.spool.path / receipt.path).unlink()
 
     assert sqlite_way.ingest() == 0
     assert kinds(sqlite_way.sessions) == ["receipt-unusable"]
 
 
+def test_instances_of_version_0_1_are_ingested(sqlite_way: Way) -> None:
+    """An upgrade finds receipts that wait, and rebuilds rows from those beside their instances."""
+    for number in (1, 2):
+        sqlite_way.arrive(instance(number))
+    for path in sqlite_way.spool.incoming():
+        as_version_0_1(sqlite_way.spool, path)
+
+    assert sqlite_way.ingest() == 2
+    assert sqlite_way.spool.incoming() == []
+    empty(sqlite_way)
+    assert assembly.rebuild(SETTINGS, sqlite_way.sessions, sqlite_way.spool, NOW) == 2
+
+
+def test_name_lost_in_a_power_cut_is_made_again_before_the_row(sqlite_way: Way) -> None:
+    """The instance waits under its durable name; its row promises the other one."""
+    receipt = sqlite_way.arrive(instance(1))
+    (sqlite_way.spool.path / receipt.path).unlink()
+
+    assert sqlite_way.ingest() == 1
+    assert (sqlite_way.spool.path / receipt.path).is_file()
+    assert sqlite_way.spool.incoming() == []
+
+
 def test_instance_whose_header_cannot_be_read_is_on_record(sqlite_way: Way) -> None:
     """It was acknowledged; it opens nothing."""
     receipt = sqlite_way.arrive(instance(1))
-    (sqlite_way.spool.path / receipt.path).write_bytes(b"\0" * 128 + b"DICM" + b"\xff" * 300)
+    path = sqlite_way.spool.path / receipt.path
+    path.write_bytes(path.read_bytes().replace(data_set_bytes(path), b"\xff" * receipt.size_bytes))
 
     sqlite_way.ingest()
 

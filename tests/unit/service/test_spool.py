@@ -15,12 +15,10 @@ import pydicom
 import pytest
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from service import spool as spool_module
 from service.spool import Arrival, NoSpace, OpenAssociation, Receipt, ReceiptError, Spool, SpoolInUse, key
-from tests.receiving import STUDY_UID, data_set_bytes, encode, instance
+from tests.receiving import STUDY_UID, as_version_0_1, data_set_bytes, encode, instance, rewrite_receipt, wait_until
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
-LATER = NOW + timedelta(days=400)  # after the modification time of anything a test writes
 
 
 def arrival(number: int = 1, **changes: str) -> Arrival:
@@ -115,7 +113,7 @@ def test_receipt_that_is_not_understood_is_refused_by_name(spool: Spool, change:
     """Another version, key, type or path is an error that names the file and quotes nothing of it."""
     spool.store(arrival(), encode(instance()), NOW)
     path = spool.incoming()[0]
-    path.write_text(change(path.read_text()))
+    rewrite_receipt(path, change)
 
     with pytest.raises(ReceiptError, match=path.name) as refusal:
         spool.read(path)
@@ -144,11 +142,11 @@ def test_duplicate_is_known_after_its_receipt_was_settled_and_the_receiver_resta
 
 
 def test_instance_without_a_receipt_is_not_taken_for_a_duplicate(spool: Spool) -> None:
-    """What a killed receiver left unacknowledged counts as new when it is sent again."""
+    """What a killed receiver of version 0.1 left unacknowledged counts as new when it is sent again."""
     spool.store(arrival(), encode(instance()), NOW)
-    spool.incoming()[0].unlink()
+    as_version_0_1(spool, spool.incoming()[0]).unlink()
 
-    again = Spool(spool.path, 0).store(arrival(), encode(instance()), NOW)
+    again = spool.store(arrival(), encode(instance()), NOW)
 
     assert not again.duplicate
 
@@ -207,29 +205,25 @@ def files(spool: Spool) -> list[Path]:
     return sorted(path for path in spool.path.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("step", ["fsync", "fdatasync", "link", "rename"])
 @pytest.mark.parametrize(
     ("number", "expected"), [(errno.ENOSPC, NoSpace), (errno.EDQUOT, NoSpace), (errno.EIO, OSError)]
 )
-def test_failed_sync_acknowledges_nothing(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch, step: int, number: int, expected: type[Exception]
+def test_failed_step_acknowledges_nothing(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, step: str, number: int, expected: type[Exception]
 ) -> None:
-    """Whichever flush fails, there is no receipt and no half-written file; sent again, it is stored."""
-    calls = iter(range(100))
-    really = os.fsync
+    """Whichever flush or name fails, there is nothing to take for acknowledged; sent again, it is stored."""
 
-    def fail_once(descriptor: int) -> None:
-        if next(calls) == step:
-            raise OSError(number, "a fault of the disk")
-        really(descriptor)
+    def fail(*_: object) -> None:
+        raise OSError(number, "a fault of the disk")
 
-    monkeypatch.setattr(os, "fsync", fail_once)
-    with pytest.raises(expected):
-        spool.store(arrival(), encode(instance()), NOW)
+    with monkeypatch.context() as broken:
+        broken.setattr(Path if step == "rename" else os, step, fail)
+        with pytest.raises(expected):
+            spool.store(arrival(), encode(instance()), NOW)
 
     assert spool.incoming() == []
-    assert [path for path in files(spool) if path.suffix != ".dcm"] == []
-    assert list((spool.path / "tmp").iterdir()) == []
+    assert [path for path in files(spool) if path.stat().st_size] == []
     receipt = spool.store(arrival(), encode(instance()), NOW)
     assert data_set_bytes(spool.path / receipt.path) == encode(instance())
 
@@ -244,32 +238,68 @@ def test_write_that_is_cut_short_is_continued(spool: Spool, monkeypatch: pytest.
     assert data_set_bytes(spool.path / receipt.path) == encode(instance())
 
 
-def test_everything_is_synced_before_store_returns(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The instance before its name, then its folder and that folder's entry; the receipt likewise, and last."""
-    trace: list[str] = []
-    really_sync, really_rename = os.fsync, Path.rename
+@pytest.fixture
+def trace(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is flushed and named, in order."""
+    calls: list[str] = []
 
-    def sync(descriptor: int) -> None:
-        trace.append("sync " + _place(spool, Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
-        really_sync(descriptor)
+    def watch(owner: Any, name: str, words: str, place: Callable[..., Path]) -> None:
+        really = getattr(owner, name)
 
-    def rename(path: Path, target: Any) -> Path:
-        trace.append("rename to " + _place(spool, Path(target)))
-        return really_rename(path, target)
+        def call(*arguments: Any) -> Any:
+            where = _place(spool, place(*arguments))
+            result = really(*arguments)
+            calls.append(words + where)
+            return result
 
-    monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(Path, "rename", rename)
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("fsync", "fdatasync"):
+        watch(os, name, "sync ", lambda descriptor: Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+    watch(os, "link", "link to ", lambda _, target: Path(target))
+    watch(Path, "rename", "rename to ", lambda _, target: Path(target))
+    return calls
+
+
+def test_one_flush_makes_an_instance_durable(spool: Spool, trace: list[str]) -> None:
+    """The slot's name before; then the instance with its receipt in it, and only then its names."""
     spool.store(arrival(), encode(instance()), NOW)
 
-    assert trace == [
-        "sync tmp/*",
-        "sync studies",
-        "rename to studies/*/*",
-        "sync studies/*",
-        "sync incoming/*",
-        "rename to incoming/*",
-        "sync incoming",
-    ]
+    assert trace == ["sync incoming", "sync incoming/*", "link to studies/*/*", "rename to incoming/*"]
+
+
+def test_slots_made_ahead_need_no_flush_of_their_folder(spool: Spool, trace: list[str]) -> None:
+    """Many are made at a time, and their folder is flushed once for all of them, before anything comes."""
+    spool.make_ahead()
+    wait_until(lambda: len(list((spool.path / "incoming").iterdir())) >= 128 and "sync incoming" in trace)
+    trace.clear()
+    spool.store(arrival(), encode(instance()), NOW)
+    spool.release()
+
+    assert trace[:3] == ["sync incoming/*", "link to studies/*/*", "rename to incoming/*"]
+    assert [path.suffix for path in (spool.path / "incoming").iterdir()] == [".dcm"]
+
+
+def test_folders_are_flushed_before_an_instance_waits_no_longer(spool: Spool, trace: list[str]) -> None:
+    """Ingest makes the name under studies/ durable, and its folder's, before the one in incoming/ goes."""
+    receipt = spool.store(arrival(), encode(instance()), NOW)
+    trace.clear()
+
+    spool.place([(spool.incoming()[0], receipt)])
+
+    assert trace == ["sync studies/*", "sync studies"]
+
+
+def test_name_that_a_power_cut_took_is_made_again(spool: Spool) -> None:
+    """The link under studies/ is not flushed at first; the name in incoming/ leads to the same instance."""
+    receipt = spool.store(arrival(), encode(instance()), NOW)
+    path = spool.path / receipt.path
+    path.unlink()
+    path.parent.rmdir()
+
+    spool.place([(spool.incoming()[0], receipt)])
+
+    assert data_set_bytes(path) == encode(instance())
 
 
 def _place(spool: Spool, path: Path) -> str:
@@ -326,56 +356,107 @@ def test_study_can_come_again_after_its_removal(spool: Spool) -> None:
 
 
 def test_starting_receiver_clears_what_was_never_acknowledged(spool: Spool) -> None:
-    """Unfinished files, old heartbeats and old orphans go; acknowledged instances stay, settled or not."""
+    """Unfinished files and old heartbeats go; acknowledged instances stay, settled or not."""
     waiting = spool.store(arrival(1), encode(instance(1)), NOW)
     settled = spool.store(arrival(2), encode(instance(2)), NOW)
     spool.settle(spool.incoming()[1], settled)
-    orphan = spool.store(arrival(3), encode(instance(3)), NOW)
-    spool.incoming()[1].unlink()
     spool.beat(association(STUDY_UID))
     (spool.path / "tmp" / "1-1.dcm").write_bytes(b"half")
     (spool.path / "incoming" / "1.json.part").write_bytes(b"half")
+    (spool.path / "incoming" / "empty.slot").touch()
+    half = spool.begin(sop_class_uid=CTImageStorage, sop_instance_uid="1.2.3", transfer_syntax_uid="1.2.840.10008.1.2")
+    half.write(b"half")
 
-    found = spool.recover(LATER)
+    found = spool.recover()
 
-    assert (found.unfinished, found.orphans, found.orphans_removed) == (2, 1, 1)
+    assert (found.unfinished, found.adopted) == (3, 0)
     assert spool.instances(STUDY_UID) == sorted(spool.path / receipt.path for receipt in (waiting, settled))
-    assert not (spool.path / orphan.path).exists()
+    assert len(list((spool.path / "incoming").iterdir())) == 1
     assert list((spool.path / "associations").iterdir()) == []
 
 
-def test_young_orphan_stays(spool: Spool) -> None:
-    """An instance without a receipt may be about to get one."""
+def _killed(spool: Spool, after: str) -> Receipt:
+    """Store an instance, and undo what comes after a step."""
+    receipt = spool.store(arrival(), encode(instance()), NOW)
+    waiting = spool.incoming()[0]
+    if after == "flush":
+        (spool.path / receipt.path).unlink()
+    waiting.rename(waiting.with_suffix(".slot"))
+    return receipt
+
+
+@pytest.mark.parametrize("after", ["flush", "link"])
+def test_whole_instance_of_a_killed_receiver_is_adopted(spool: Spool, after: str) -> None:
+    """Killed between flush and answer, or after it: it may have been acknowledged, so it is kept."""
+    receipt = _killed(spool, after)
+
+    found = spool.recover()
+
+    assert (found.unfinished, found.adopted) == (0, 1)
+    assert [spool.read(path) for path in spool.incoming()] == [receipt]
+    assert data_set_bytes(spool.path / receipt.path) == encode(instance())
+    spool.settle(spool.incoming()[0], receipt)
+    assert len(list(spool.settled())) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "hole", "other receipt"])
+def test_instance_that_its_receipt_does_not_fit_is_not_adopted(spool: Spool, damage: str) -> None:
+    """A power cut before the flush may leave a receipt over half a data set: that was never acknowledged."""
+    _killed(spool, "flush")
+    (slot,) = (spool.path / "incoming").iterdir()
+    content = slot.read_bytes()
+    if damage == "cut":
+        slot.write_bytes(content[:-1])
+    elif damage == "hole":
+        slot.write_bytes(content[:-4096] + bytes(4096))
+    else:
+        rewrite_receipt(slot, lambda text: text[:-20])
+
+    assert spool.recover().adopted == 0
+    assert list((spool.path / "incoming").iterdir()) == []
+
+
+# --- what version 0.1 left ---
+
+
+def test_waiting_receipt_of_version_0_1_is_read_and_settled(spool: Spool) -> None:
+    """An upgrade in the middle of a study loses nothing: old and new wait side by side."""
+    old = spool.store(arrival(1), encode(instance(1)), NOW)
+    beside = as_version_0_1(spool, spool.incoming()[0])
+    new = spool.store(arrival(2), encode(instance(2)), NOW + timedelta(seconds=1))
+
+    assert list(spool.settled()) == []
+    assert [spool.read(path) for path in spool.incoming()] == [old, new]
+    for path in spool.incoming():
+        spool.settle(path, spool.read(path))
+    assert not beside.exists()
+    assert [spool.read(path) for path in spool.settled()] == sorted((old, new), key=lambda receipt: receipt.path)
+
+
+def test_instance_of_version_0_1_is_known_when_it_comes_again(spool: Spool) -> None:
+    """Its receipt lies beside it; its data set is compared, not its header."""
     spool.store(arrival(), encode(instance()), NOW)
-    spool.incoming()[0].unlink()
+    beside = as_version_0_1(spool, spool.incoming()[0])
+    spool.settle(beside, spool.read(beside))
 
-    assert spool.recover(datetime.now(UTC)).orphans == 0
+    again = spool.store(arrival(), encode(instance()), NOW)
+    spool.settle(spool.incoming()[0], again)
+
+    assert again.duplicate
     assert len(spool.instances(STUDY_UID)) == 1
+    assert spool.remove_study(STUDY_UID) == 1
+    assert list((spool.path / "studies").iterdir()) == []
 
 
-@pytest.mark.parametrize("aside", [False, True], ids=["waiting", "set-aside"])
-def test_no_orphan_is_removed_while_a_receipt_cannot_be_read(spool: Spool, aside: bool) -> None:
-    """An instance whose receipt is damaged was acknowledged, and is kept."""
-    spool.store(arrival(), encode(instance()), NOW)
-    path = spool.incoming()[0]
-    path.write_text("damaged")
-    if aside:
-        assert spool.set_aside(path).exists()
+def test_what_was_set_aside_is_found_by_its_study(spool: Spool) -> None:
+    """So that a study can be forgotten: by its receipt, or by its other name when the receipt cannot be read."""
+    for number in (1, 2, 3):
+        spool.store(arrival(number), encode(instance(number)), NOW)
+    spool.store(arrival(4, study_uid="1.2.3"), encode(instance(4)), NOW)
+    rewrite_receipt(spool.incoming()[1], lambda text: text[:40])
+    aside = [spool.set_aside(path) for path in (*spool.incoming()[:2], spool.incoming()[3])]
 
-    found = spool.recover(LATER)
-
-    assert (found.orphans, found.orphans_removed) == (1, 0)
-    assert len(spool.instances(STUDY_UID)) == 1
-
-
-def test_instance_whose_receipt_was_set_aside_is_no_orphan(spool: Spool) -> None:
-    """A receipt that ingest could not use still says that its instance was acknowledged."""
-    spool.store(arrival(), encode(instance()), NOW)
-    spool.set_aside(spool.incoming()[0])
-
-    assert spool.orphans(LATER) == []
-    assert spool.recover(LATER).orphans == 0
-    assert len(spool.instances(STUDY_UID)) == 1
+    assert sorted(spool.set_aside_of(STUDY_UID)) == sorted(aside[:2])
 
 
 def test_second_receiver_is_kept_away(spool: Spool) -> None:
@@ -420,18 +501,6 @@ def test_touching_or_closing_an_unknown_association_does_nothing(spool: Spool) -
     assert spool.open_associations(datetime.now(UTC)) == []
 
 
-def test_memory_of_acknowledged_instances_is_bounded(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past its bound the spool forgets; a duplicate is then stored as new, without a second copy."""
-    monkeypatch.setattr(spool_module, "REMEMBERED", 2)
-    for number in (1, 2, 3):
-        spool.store(arrival(number), encode(instance(number)), NOW)
-
-    again = spool.store(arrival(1), encode(instance(1)), NOW)
-
-    assert not again.duplicate
-    assert len(spool.instances(STUDY_UID)) == 3
-
-
 def test_memoryview_of_a_stream_is_stored_without_a_copy(spool: Spool) -> None:
     """The receiver hands over the buffer in which the data set came."""
     sent = encode(instance())
@@ -446,5 +515,16 @@ def test_receipt_holds_no_name_of_a_patient(spool: Spool) -> None:
     """Receipts are read by programs that have no business with patients."""
     spool.store(arrival(), encode(instance()), NOW)
 
-    assert b"Planted" not in spool.incoming()[0].read_bytes()
-    assert Receipt.from_json(spool.incoming()[0].read_bytes()).modality == "CT"
+    content = spool.incoming()[0].read_bytes()
+    assert b"Planted" not in content[: -len(encode(instance()))]
+
+
+def test_longest_receipt_fits_its_place(spool: Spool) -> None:
+    """Every UID of 64 characters, and AE titles that JSON has to escape."""
+    longest = "1." + "2" * 62
+    changes = dict.fromkeys(("study_uid", "series_uid", "sop_class_uid", "sop_instance_uid"), longest)
+    names = {"calling_ae": "\x01" * 16, "called_ae": "\x7f" * 16, "peer_address": "f" * 60, "modality": "M" * 16}
+
+    receipt = spool.store(arrival(**changes, **names), b"x" * 100, NOW)
+
+    assert spool.read(spool.incoming()[0]) == receipt
