@@ -234,7 +234,7 @@ class Spool:
         """
         digest = draft.digest()
         stem = f"{key(arrival.study_uid)}/{key(arrival.sop_instance_uid)}-{digest[:KEY_LENGTH]}"
-        path = self._studies / f"{stem}.dcm"
+        path = f"{self._studies}/{stem}.dcm"  # no Path where every instance passes: they are slow to make
         present = _data_set_bytes(path)
         receipt = Receipt(
             **{name: getattr(arrival, name) for name in _ARRIVAL_FIELDS},
@@ -246,15 +246,14 @@ class Spool:
         )
         linked = False
         try:
-            self._check_space()
             draft.finish(receipt.to_json())
             if present != draft.size_bytes:
                 self._link(draft.path, path)
                 linked = True
-            draft.kept_as(self._incoming / self._next_name(received_at))
+            draft.kept_as(f"{self._incoming}/{self._next_name(received_at)}")
         except OSError as error:
             if linked:
-                path.unlink(missing_ok=True)
+                Path(path).unlink(missing_ok=True)
             raise self._meant(error) from error
         finally:
             draft.discard()
@@ -423,12 +422,12 @@ class Spool:
         except (ReceiptError, FileNotFoundError):
             return False
 
-    def _link(self, source: Path, target: Path) -> None:
+    def _link(self, source: Path, target: Path | str) -> None:
         """A second name for a durable instance, instead of whatever damaged copy has that name."""
         try:
             os.link(source, target)
         except FileNotFoundError:  # the first of its study, or retention removed the empty folder
-            target.parent.mkdir(mode=0o700, exist_ok=True)
+            Path(target).parent.mkdir(mode=0o700, exist_ok=True)
             os.link(source, target)
         except FileExistsError:
             if _data_set_bytes(target) != _data_set_bytes(source):
@@ -509,10 +508,9 @@ class Draft:
         os.pwrite(self._open(), receipt.ljust(RECEIPT_BYTES), self._header_bytes - RECEIPT_BYTES)
         os.fdatasync(self._open())
 
-    def kept_as(self, path: Path) -> None:
+    def kept_as(self, path: str) -> None:
         """Rename it within its folder; from now on it is not ours to discard."""
-        self.path.rename(path)
-        self.path = path
+        os.rename(self.path, path)
         os.close(self._open())
         self._descriptor = None
 
@@ -545,17 +543,10 @@ def file_header(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: 
             _element(0x0002, b"UI", sop_class_uid, b"\x00"),
             _element(0x0003, b"UI", sop_instance_uid, b"\x00"),
             _element(0x0010, b"UI", transfer_syntax_uid, b"\x00"),
-            _element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID, b"\x00"),
-            _element(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME, b" "),
-            _element(0x0100, b"UI", RECEIPT_CREATOR_UID, b"\x00"),
-            _RECEIPT_ELEMENT,
-            b" " * RECEIPT_BYTES,
+            _ALWAYS_THE_SAME,
         )
     )
     return bytes(128) + b"DICM" + struct.pack("<HH2sHL", 0x0002, 0x0000, b"UL", 4, len(elements)) + elements
-
-
-_RECEIPT_ELEMENT = struct.pack("<HH2sHL", 0x0002, 0x0102, b"OB", 0, RECEIPT_BYTES)
 
 
 def remove_instance(path: Path) -> None:
@@ -568,6 +559,18 @@ def _element(number: int, vr: bytes, text: str, padding: bytes) -> bytes:
     value = text.encode("ascii")
     value += padding * (len(value) % 2)
     return struct.pack("<HH2sH", 0x0002, number, vr, len(value)) + value
+
+
+_RECEIPT_ELEMENT = struct.pack("<HH2sHL", 0x0002, 0x0102, b"OB", 0, RECEIPT_BYTES)
+_ALWAYS_THE_SAME = b"".join(
+    (
+        _element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID, b"\x00"),
+        _element(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME, b" "),
+        _element(0x0100, b"UI", RECEIPT_CREATOR_UID, b"\x00"),
+        _RECEIPT_ELEMENT,
+        b" " * RECEIPT_BYTES,
+    )
+)
 
 
 def _parse(adapter: TypeAdapter[T], content: bytes) -> T:
@@ -603,17 +606,20 @@ def _is_settled(path: Path) -> bool:
         return False
 
 
-def _has_receipt(path: Path) -> bool:
-    return bool(_embedded_receipt(path)) or path.with_suffix(".json").exists()
+def _has_receipt(path: Path | str) -> bool:
+    return bool(_embedded_receipt(path)) or Path(path).with_suffix(".json").exists()
 
 
-def _header_of(path: Path) -> bytes:
+def _header_of(path: Path | str) -> bytes:
     """Preamble and file meta information of an instance; empty for anything else."""
     try:
-        with path.open("rb", buffering=0) as stream:
-            content = stream.read(1 << 12)
+        descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return b""
+    try:
+        content = os.read(descriptor, 1 << 12)
+    finally:
+        os.close(descriptor)
     if len(content) < META_BYTES or content[128:140] != _META_START:
         return b""
     size = META_BYTES + int.from_bytes(content[140:144], "little")
@@ -623,7 +629,7 @@ def _header_of(path: Path) -> bytes:
 _META_START = b"DICM" + struct.pack("<HH2sH", 0x0002, 0x0000, b"UL", 4)
 
 
-def _embedded_receipt(path: Path) -> bytes:
+def _embedded_receipt(path: Path | str) -> bytes:
     """The receipt in an instance's header, without its padding; empty where there is none."""
     header = _header_of(path)
     start = len(header) - RECEIPT_BYTES
@@ -632,10 +638,10 @@ def _embedded_receipt(path: Path) -> bytes:
     return header[start:].rstrip(b" ")
 
 
-def _data_set_bytes(path: Path) -> int | None:
+def _data_set_bytes(path: Path | str) -> int | None:
     """How long the data set in an instance is; None where there is no instance."""
     header = _header_of(path)
-    return path.stat().st_size - len(header) if header else None
+    return os.stat(path).st_size - len(header) if header else None
 
 
 def _data_set_digest(path: Path) -> tuple[str, int]:

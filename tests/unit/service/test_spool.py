@@ -218,7 +218,7 @@ def test_failed_step_acknowledges_nothing(
         raise OSError(number, "a fault of the disk")
 
     with monkeypatch.context() as broken:
-        broken.setattr(Path if step == "rename" else os, step, fail)
+        broken.setattr(os, step, fail)
         with pytest.raises(expected):
             spool.store(arrival(), encode(instance()), NOW)
 
@@ -257,7 +257,7 @@ def trace(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("fsync", "fdatasync"):
         watch(os, name, "sync ", lambda descriptor: Path(os.readlink(f"/proc/self/fd/{descriptor}")))
     watch(os, "link", "link to ", lambda _, target: Path(target))
-    watch(Path, "rename", "rename to ", lambda _, target: Path(target))
+    watch(os, "rename", "rename to ", lambda _, target: Path(target))
     return calls
 
 
