@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -35,7 +36,7 @@ from service.shared.db import (
 )
 from service.shared.heartbeat import SILENT_AFTER
 from service.shared.settings import Settings, leaves, spool_folder
-from service.spool import HEARTBEAT_STALE_S
+from service.spool import HEARTBEAT_STALE_S, waiting
 
 OPEN = (AnalysisState.QUEUED, AnalysisState.RUNNING, AnalysisState.READ)
 WAITING = (DeliveryState.PENDING, DeliveryState.REJECTED)
@@ -126,7 +127,7 @@ def look(session: Session, settings: Settings, now: datetime, *, with_shares: bo
     mismatched = select(Study.id).where(Study.patient_mismatch.is_(True), Study.last_image_at >= since)
     behind = chain.lag(session)
     spool = spool_folder(settings)
-    receipts, oldest_receipt = _receipts(spool)
+    receipts, oldest_receipt = _waiting(spool)
     refused = refusals.recent(spool, now - timedelta(hours=1))
     return Situation(
         now=now,
@@ -218,17 +219,17 @@ def _folder(path: Path) -> Folder:
     return Folder(usage.free, usage.total)
 
 
-def _receipts(spool: Path) -> tuple[int, float | None]:
-    """Receipts that ingest has not taken yet, and when the oldest of them was written."""
-    oldest, count = None, 0
-    for path in (spool / "incoming").glob("*.json"):
-        try:
-            written = path.stat().st_mtime
-        except FileNotFoundError:  # taken meanwhile
-            continue
-        count += 1
-        oldest = written if oldest is None else min(oldest, written)
-    return count, oldest
+def _waiting(folder: Path) -> tuple[int, float | None]:
+    """Instances that ingest has not taken yet, and when the oldest of them was written."""
+    try:
+        paths = waiting(folder)
+    except FileNotFoundError:  # no receiver has run yet
+        return 0, None
+    written = []
+    for path in paths:
+        with suppress(FileNotFoundError):  # taken meanwhile
+            written.append(path.stat().st_mtime)
+    return len(written), min(written, default=None)
 
 
 def _by_reason(refused: Sequence[Refused]) -> tuple[tuple[str, int], ...]:

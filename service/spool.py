@@ -153,6 +153,13 @@ def key(identity: str) -> str:
     return sha256(identity.encode()).hexdigest()[:KEY_LENGTH]
 
 
+def waiting(spool: Path) -> list[Path]:
+    """What waits for ingest in a spool, in order of arrival; FileNotFoundError where there is no spool yet."""
+    with os.scandir(spool / "incoming") as entries:
+        names = [entry.name for entry in entries if entry.name.endswith((".dcm", ".json"))]
+    return [spool / "incoming" / name for name in sorted(names)]
+
+
 class Spool:
     """The folder itself. One process stores (after `claim`); any number read, settle and remove."""
 
@@ -293,9 +300,7 @@ class Spool:
 
     def incoming(self) -> list[Path]:
         """What waits for ingest, in order of arrival: instances, and receipts of version 0.1."""
-        with os.scandir(self._incoming) as entries:
-            names = [entry.name for entry in entries if entry.name.endswith((".dcm", ".json"))]
-        return [self._incoming / name for name in sorted(names)]
+        return waiting(self.path)
 
     def read(self, path: Path) -> Receipt:
         """The receipt in an instance, beside it, or in a file of its own; ReceiptError names it and what to do."""
@@ -311,13 +316,13 @@ class Spool:
                 raise ReceiptError(f"{path.name}: there is no receipt in it; set it aside") from error
             raise
 
-    def place(self, waiting: Iterable[tuple[Path, Receipt]]) -> None:
+    def place(self, receipts: Iterable[tuple[Path, Receipt]]) -> None:
         """Make the names of these instances under studies/ durable: before their rows are committed.
 
         Safe to repeat. OSError for a fault of the disk; the names in incoming/ stay until `settle`.
         """
         folders = set()
-        for path, receipt in waiting:
+        for path, receipt in receipts:
             if path.suffix == ".dcm":
                 target = self.path / receipt.path
                 if _data_set_bytes(target) != receipt.size_bytes:

@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError
 
 from service.shared.queue import broker_url
 from service.shared.settings import Settings, spool_folder
+from service.spool import waiting
 from service.web.access import TheWeb, Web
 
 PING_TIMEOUT_S = 2.0
@@ -114,8 +115,7 @@ def _spool(settings: Settings) -> Check:
         return Check(ok=False, detail="not there yet; the receiver makes it")
     if not os.access(folder, os.R_OK | os.X_OK):
         return Check(ok=False, detail="cannot be read by this process")
-    waiting = sum(1 for path in (folder / "incoming").iterdir() if path.suffix in (".dcm", ".json"))
-    return Check(ok=True, detail=f"readable, {waiting} receipts waiting")
+    return Check(ok=True, detail=f"readable, {len(waiting(folder))} instances waiting")
 
 
 def _existing(folder: Path) -> Path:
