@@ -20,6 +20,7 @@ from typing import Annotated
 import structlog
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
@@ -71,6 +72,7 @@ from service.web.accounts_cli import make_user_app
 
 RECEIVER_GRACE_S = 20.0
 SCHEMA_WAIT_S = 0.5
+MOST_PROCESSES = 4  # of `audit verify`; the database works as hard as they do
 
 log = structlog.get_logger(__name__)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -519,8 +521,18 @@ def audit_verify(
     except (OSError, ValueError) as error:
         raise _fail(f"the exported heads cannot be read: {error}") from error
     started = time.perf_counter()
-    with _reading(settings, read_only=True)() as session:
-        found = chain.verify(session.connection(), known)
+    processes = min(MOST_PROCESSES, os.cpu_count() or 1)
+    with (
+        _reading(settings, read_only=True)() as session,
+        Progress(console=Console(stderr=True), transient=True) as progress,
+    ):
+        task = progress.add_task("events", total=None)
+        found = chain.verify(
+            session.connection(),
+            known,
+            processes=processes,
+            on_progress=lambda checked, total: progress.update(task, completed=checked, total=total),
+        )
     rate = found.checked / max(time.perf_counter() - started, 1e-6)
     if as_json:
         printing.print_json(asdict(found))

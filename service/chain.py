@@ -42,6 +42,7 @@ WINDOW = 2000  # ids below the newest chained one that are looked at again in ev
 SEARCH_ALL_S = 3600.0
 PAGE = 10_000  # rows that `verify` reads at a time
 SPAN = 250_000  # rows that a process of `verify` takes at a time
+WORTH_PROCESSES = 4  # spans; below, starting processes takes longer than they save
 NO_END = 2**62
 NO_EVENT: tuple[None, ...] = (None,) * 10
 GENESIS = bytes(32)
@@ -284,7 +285,7 @@ def _scanned(
     connection: Connection, spans: list[Span], expected: dict[int, str], processes: int
 ) -> Iterator[tuple[Span, Scanned | None]]:
     """Every span with what was found, in order; None where not even its beginning is there."""
-    if processes < 2 or len(spans) < 2:
+    if processes < 2 or len(spans) < WORTH_PROCESSES:
         for span in spans:
             yield span, _scan_from(connection, span, expected)
         return
