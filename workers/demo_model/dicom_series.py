@@ -20,6 +20,7 @@ ACQUIRED = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)  # the same for all, so th
 _BODY_PARTS = {
     Body.CHEST: "CHEST",
     Body.ABDOMEN: "ABDOMEN",
+    Body.BASES: "ABDOMEN",
     Body.PELVIS: "PELVIS",
     Body.HEAD: "HEAD",
 }

@@ -10,15 +10,58 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from service.shared.settings import PruningMethod, PruningSettings
+from workers.demo_model.channels import slab_bounds
 from workers.demo_model.labels import Labels
+from workers.demo_model.phantom import Phantom
+from workers.demo_model.pool import Example
+from workers.demo_model.render import Mask
 from workers.demo_model.targets import Sign
 from workers.demo_model.train_vision import Eyes, to_pixels
+from workers.guide import Guide, make_guide
 from workers.pruning.attention import received_attention
 from workers.pruning.groups import blocks, group_mean
-from workers.pruning.tokens import reduce_tokens
+from workers.pruning.slices import keep_all
+from workers.regions import Spacing
+from workers.vlm import host
 
-BODY_GREY = 65  # of the red channel: about -500 HU
 SUSPECTS = (Sign.NODULE, Sign.EFFUSION, Sign.CONSOLIDATION, Sign.PNEUMOTHORAX, Sign.CALCIFICATION, Sign.ENLARGED)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Numbers, from 1, of the slabs that show a finding best; None without one."""
+
+    nodule: int | None = None  # holds the centre of the largest
+    consolidation: int | None = None  # holds most of it
+
+
+def places_of(phantom: Phantom) -> Places:
+    """Of a phantom rendered as slabs."""
+    if not phantom.labels.supported:
+        return Places()
+    largest = max(phantom.findings.nodules, key=lambda nodule: nodule.diameter_mm, default=None)
+    opaque = ((phantom.masks & Mask.CONSOLIDATION) > 0).sum(axis=(1, 2))
+    return Places(
+        nodule=int(np.abs(phantom.z_mm - largest.centre_mm[2]).argmin()) + 1 if largest else None,
+        consolidation=int(opaque.argmax()) + 1 if phantom.findings.consolidations and opaque.any() else None,
+    )
+
+
+def guide_of(phantom: Phantom) -> Guide:
+    """What the worker would know of this phantom's slabs before the model sees them."""
+    values = phantom.values.astype(np.float32)
+    bounds = slab_bounds(len(values))
+    slabs = np.stack([values[a:b].mean(axis=0) for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    places = np.array([-phantom.z_mm[a:b].mean() for a, b in zip(bounds[:-1], bounds[1:], strict=True)], np.float64)
+    along = float(np.median(np.diff(places)))
+    return make_guide(
+        slabs,
+        places,
+        spacing=Spacing(along, phantom.pixel_mm, phantom.pixel_mm),
+        modality=phantom.modality.value,
+        window=(float(slabs.min()), float(slabs.max())),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,19 +69,30 @@ class Encoded:
     """One study as S slabs of n projected tokens.
 
     features: (S, n, c) float16; received: (S, n) float32 and keys: (S, n, d) float16 of the tower's last layer, as the
-    pruner wants them; suspicion: (S, n, 6) float16, the tower's own logits for SUSPECTS; body: (S, n) bool.
+    pruner wants them; suspicion: (S, n, 6) float16, the tower's own logits for SUSPECTS; guide: what `guarded` may know.
     """
 
     features: Tensor
     received: Tensor
     keys: Tensor
     suspicion: Tensor
-    body: Tensor
+    guide: Guide
     labels: Labels
+    places: Places
+
+    @property
+    def side(self) -> int:
+        """Tokens along an edge of a slab."""
+        return round(self.features.shape[1] ** 0.5)
+
+
+def encode_example(eyes: Eyes, example: Example) -> Encoded:
+    """One scan of a training scene."""
+    return encode(eyes, example.images, example.labels, guide_of(example.phantom), places_of(example.phantom))
 
 
 @torch.no_grad()
-def encode(eyes: Eyes, images: NDArray[np.uint8], labels: Labels) -> Encoded:
+def encode(eyes: Eyes, images: NDArray[np.uint8], labels: Labels, guide: Guide, places: Places) -> Encoded:
     """images: (S, P, P, 3) uint8."""
     attention: Any = eyes.tower.encoder.layers[-1].self_attn
     caught: list[Tensor] = []
@@ -55,26 +109,20 @@ def encode(eyes: Eyes, images: NDArray[np.uint8], labels: Labels) -> Encoded:
     groups = blocks(side, side, eyes.projector.kernel_size)
     received = group_mean(received_attention(queries, keys, scale=attention.scale), groups)
     suspicion = eyes.token_head(features)[..., list(SUSPECTS)]
-    cells = side // eyes.projector.kernel_size
     return Encoded(
         features.half(),
         received,
         group_mean(keys.mean(dim=1), groups).half(),
         suspicion.half(),
-        torch.from_numpy(_body(images, cells)),
+        guide,
         labels,
+        places,
     )
 
 
 def _heads(values: Tensor, heads: int) -> Tensor:
     slabs, patches, width = values.shape
     return values.view(slabs, patches, heads, width // heads).transpose(1, 2)
-
-
-def _body(images: NDArray[np.uint8], cells: int) -> NDArray[np.bool_]:
-    slabs, rows, columns, _ = images.shape
-    inside = (images[..., 0] > BODY_GREY).reshape(slabs, cells, rows // cells, cells, columns // cells)
-    return np.asarray(inside.mean(axis=(2, 4)).reshape(slabs, cells * cells) > 0.02, np.bool_)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +133,7 @@ class Shown:
     kept: Tensor
 
 
-def show_suspects(encoded: Encoded, random: np.random.Generator, each: int = 6, others: int = 16) -> Shown:
+def show_suspects(encoded: Encoded, random: np.random.Generator, each: int = 4, others: int = 8) -> Shown:
     """A short reading: the tokens that the tower itself finds most suspicious, and some at random.
 
     Chosen by the tower's opinion, never by the labels: a normal study shows as many tokens as any other.
@@ -102,40 +150,44 @@ def show_suspects(encoded: Encoded, random: np.random.Generator, each: int = 6, 
 class Setting:
     """How the tokens of a long reading are pruned."""
 
-    tau: float | None  # the product's token stage; None: off
-    share: float  # of the tokens left to stand at random
-    body: bool  # tokens of air are dropped
-    slabs: float  # share of the slabs left to stand at random
+    pruning: PruningSettings
+    share: float = 1.0  # of the tokens left to stand at random
+    slabs: float = 1.0  # share of the slabs left to stand at random
 
 
 def draw_setting(random: np.random.Generator) -> Setting:
-    """Everything, the product's pruner, or chance; never by what is in the study."""
+    """Everything, either of the product's pruners at some setting, or chance; never by what is in the study."""
     way = random.random()
+    slabs = float(random.uniform(0.5, 1.0)) if random.random() < 0.1 else 1.0
+    if way < 0.25:
+        return Setting(PruningSettings(method=PruningMethod.OFF), slabs=slabs)
+    if way < 0.35:
+        return Setting(PruningSettings(method=PruningMethod.OFF), float(random.uniform(0.3, 1.0)), slabs)
+    if way < 0.55:
+        return Setting(
+            PruningSettings(method=PruningMethod.MEDPRUNER, tau=float(random.uniform(0.4, 1.0))), slabs=slabs
+        )
     return Setting(
-        tau=float(random.uniform(0.5, 1.0)) if way < 0.4 else None,
-        share=float(random.uniform(0.3, 1.0)) if 0.4 <= way < 0.6 else 1.0,
-        body=bool(random.random() < 0.5),
-        slabs=float(random.uniform(0.5, 1.0)) if random.random() < 0.1 else 1.0,
+        PruningSettings(
+            method=PruningMethod.GUARDED,
+            tau=float(random.uniform(0.6, 1.0)),
+            token_budget=float(random.uniform(0.2, 0.65)),
+            coverage_lung=float(random.choice([1.0, random.uniform(0.3, 1.0)])),
+            coverage_other=float(random.uniform(0.05, 0.3)),
+        )
     )
 
 
 def show_pruned(encoded: Encoded, setting: Setting, random: np.random.Generator) -> Shown:
-    """A long reading as in use."""
+    """A long reading as in use, by the host's own token stage."""
     features = encoded.features.float()
     slabs, tokens, _ = features.shape
-    kept = torch.ones(slabs, tokens, dtype=torch.bool)
-    if setting.tau is not None:
-        reduced = reduce_tokens(
-            encoded.received,
-            encoded.keys.float(),
-            features,
-            tau=setting.tau,
-            temperature=2.0,
-            contextual_fraction=0.05,
-        )
-        features, kept = reduced.features, reduced.kept
-    kept = kept & torch.from_numpy(random.random((slabs, tokens)) < setting.share)
-    kept = kept & torch.from_numpy(random.random((slabs, 1)) < setting.slabs)
-    if setting.body:
-        kept = kept & encoded.body
-    return Shown(features, kept)
+    scored = host.is_scored(setting.pruning)
+    known = host.Encoded(features, (), encoded.received if scored else None, encoded.keys.float() if scored else None)
+    grid = (encoded.side, encoded.side)
+    reduced = host.choose_tokens(
+        known, setting.pruning, host.guards(encoded.guide, setting.pruning, keep_all(slabs), grid)
+    )
+    kept = reduced.kept & torch.from_numpy(random.random((slabs, tokens)) < setting.share)
+    standing = random.random((slabs, 1)) < setting.slabs
+    return Shown(reduced.features, kept & torch.from_numpy(standing | ~standing.any()))

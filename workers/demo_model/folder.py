@@ -33,7 +33,7 @@ MARK_CONTENT: dict[str, Any] = {
 }
 
 # Blank lines around images are dropped by the tokenizer's normalizer: they would cost four tokens per slice.
-CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}
+CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}
 {% if message['content'] is string %}{{ message['content'] | trim }}{% else %}\
 {% for part in message['content'] %}\
 {% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}\
@@ -48,7 +48,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words.normalizer = normalizers.Replace(Regex(r"\n\n+"), "")
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"[\n.,:]"), "isolated"),
+            pre_tokenizers.Split(Regex(r"[\n.,:?]"), "isolated"),
             pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=True),
         ]
     )

@@ -11,17 +11,24 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Short warm-up, plateau, then linearly to zero at `steps`."""
+    """Short warm-up, plateau, then linearly to zero at `steps`, or after `seconds` of this run if that is sooner.
 
-    rate: float
+    A run that is taken up again has its own seconds: on a machine shared with others the time is what is known.
+    """
+
     steps: int
     decay_from: float
+    seconds: float = float("inf")
     warm_up: int = 50
 
-    def factor(self, step: int) -> float:
+    def share(self, step: int, elapsed_s: float = 0.0) -> float:
+        """How much of the training is over, 0 to 1."""
+        return min(1.0, max(step / self.steps, elapsed_s / self.seconds))
+
+    def factor(self, step: int, elapsed_s: float = 0.0) -> float:
         """Share of the rate at a step."""
-        decay = (self.steps - step) / max(1.0, self.steps * (1 - self.decay_from))
-        return min(1.0, (step + 1) / self.warm_up, max(decay, 0.0))
+        decay = (1 - self.share(step, elapsed_s)) / max(1 - self.decay_from, 1 / self.steps)
+        return min(1.0, (step + 1) / self.warm_up, decay)
 
 
 class Optimisers:

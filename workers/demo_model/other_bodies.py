@@ -1,4 +1,4 @@
-"""What is no chest CT: abdomen, pelvis, legs, head, plain objects. HU only; masks mark the body.
+"""What is no chest CT: abdomen, lung bases alone, pelvis, legs, head, plain objects. HU only; masks mark the body.
 
 They exist so that the model learns to say that it does not read them.
 """
@@ -11,7 +11,9 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.demo_model.render import AIR_HU, Floats, Grid, Mask, ellipse, in_chunks, paint, paint_couch, soft
+from workers.demo_model.anatomy import draw_chest
+from workers.demo_model.findings import Findings
+from workers.demo_model.render import AIR_HU, Floats, Grid, Mask, ellipse, in_chunks, paint, paint_couch, render, soft
 
 
 class Body(StrEnum):
@@ -19,6 +21,7 @@ class Body(StrEnum):
 
     CHEST = "chest"
     ABDOMEN = "abdomen"
+    BASES = "bases"  # abdomen with the lowest part of the lungs
     PELVIS = "pelvis"
     LEGS = "legs"
     HEAD = "head"
@@ -26,7 +29,9 @@ class Body(StrEnum):
 
 
 def render_body(body: Body, seed: int, grid: Grid) -> tuple[Floats, NDArray[np.uint8]]:
-    """HU without noise and the body's mask; the stack is centred on z = 0."""
+    """HU without noise and the body's mask; the stack is centred on z = 0, but for the lung bases."""
+    if body is Body.BASES:
+        return _bases(seed, grid)
     painters: dict[Body, Callable[[np.random.Generator, Grid], Floats]] = {
         Body.ABDOMEN: _abdomen,
         Body.PELVIS: _pelvis,
@@ -67,31 +72,101 @@ def _spine(hu: Floats, grid: Grid, y: float, radius: float) -> None:
     _column(hu, grid, 0, y + radius * 1.25, 9, 8, 20)
 
 
+def _couches(hu: Floats, grid: Grid, random: np.random.Generator, y: float) -> None:
+    """One to three shells under the back, flat or curved, as different makers build them."""
+    if random.random() < 0.4:
+        paint_couch(hu, grid, y)
+        return
+    x = grid.x_mm[None, None, :]
+    bend, wide = random.uniform(-0.0008, 0.0022), soft(random.uniform(170, 240) - np.abs(x), grid.pixel_mm)
+    for _ in range(int(random.integers(1, 4))):
+        depth = grid.y_mm[None, :, None] + np.float32(bend) * x**2
+        shell = soft(random.uniform(0.7, 2.5) - np.abs(depth - y), grid.pixel_mm) * wide
+        paint(hu, float(random.uniform(-600, 100)), shell * min(1.0, 3 / grid.pixel_mm))
+        y += random.uniform(12, 45)
+
+
+def _arms(hu: Floats, grid: Grid, random: np.random.Generator, half_width_mm: float) -> None:
+    """Arms beside the body."""
+    for sign in (-1, 1):
+        radius = random.uniform(26, 45)
+        x, y = sign * (half_width_mm + radius + random.uniform(-4, 14)), random.uniform(0, 55)
+        _column(hu, grid, x, y, radius, radius * random.uniform(0.9, 1.4), -100)
+        _column(hu, grid, x, y, radius * 0.8, radius, 55)
+        for dx in (-9, 9) if random.random() < 0.5 else (0,):
+            _column(hu, grid, x + dx, y, 9, 9, float(random.uniform(500, 1000)))
+            _column(hu, grid, x + dx, y, 5, 5, float(random.uniform(-50, 100)))
+
+
+def _ribs(hu: Floats, grid: Grid, random: np.random.Generator, a: float, b: float) -> None:
+    """Ribs cut across, as bright spots in the wall, moving from slice to slice."""
+    phase, spacing = random.uniform(0, 1), random.uniform(27, 38)
+    ring = soft(4.0 - np.abs(ellipse(grid, 0, 0, a, b)), grid.pixel_mm)
+    slope = np.abs(grid.y_mm[None, :, None] - 0.7 * b) * np.float32(0.6)
+    turn = ((grid.z_mm[:, None, None] + slope) / np.float32(spacing) + np.float32(phase)) % 1
+    here = soft((np.float32(0.2) - np.abs(turn - np.float32(0.5))) * np.float32(spacing), max(grid.slice_mm, 2.0))
+    low = soft(grid.z_mm[:, None, None] - random.uniform(-120, 20), 20.0)
+    paint(hu, float(random.uniform(250, 500)), ring * here * low)
+
+
 def _trunk(random: np.random.Generator, grid: Grid) -> tuple[Floats, float, float]:
+    """Skin, fat, muscle and the fat between the organs; the half axes of what holds the organs."""
     hu = _air(grid)
-    a = random.uniform(135, 190)
-    b, fat = a * random.uniform(0.62, 0.76), random.uniform(8, 35)
-    paint_couch(hu, grid, b + 8)
+    a = random.uniform(130, 195)
+    b, fat = a * random.uniform(0.55, 0.78), random.uniform(6, 38)
+    _couches(hu, grid, random, b + random.uniform(2, 14))
+    if random.random() < 0.4:
+        _arms(hu, grid, random, a)
     _column(hu, grid, 0, 0, a, b, -100)
     _column(hu, grid, 0, 0, a - fat, b - fat * 0.8, 50)
-    _column(hu, grid, 0, -8, a - fat - 16, b - fat * 0.8 - 18, -90)
-    return hu, a - fat - 16, b - fat * 0.8 - 18
+    wall = random.uniform(6, 16)
+    _column(hu, grid, 0, -6, a - fat - wall, b - fat * 0.8 - wall - 2, -95)
+    _ribs(hu, grid, random, a - fat - wall / 2, b - fat * 0.8 - wall / 2)
+    return hu, a - fat - wall, b - fat * 0.8 - wall - 2
 
 
 def _abdomen(random: np.random.Generator, grid: Grid) -> Floats:
+    """Liver, spleen, kidneys, stomach and bowel with their gas, in fat; now and then a sliver of lung above."""
     hu, a, b = _trunk(random, grid)
-    contrast = random.choice([0.0, 80.0])
-    _blob(hu, grid, (-0.45 * a, -0.05 * b, 70), (0.52 * a, 0.75 * b, random.uniform(80, 120)), 55 + contrast * 0.6)
-    _blob(hu, grid, (0.7 * a, 0.25 * b, 80), (0.25 * a, 0.38 * b, 60), 50 + contrast * 0.8)
+    contrast, up = random.uniform(0, 110), random.uniform(-40, 60)  # of the organs along the stack
+    liver = (random.uniform(0.5, 0.75) * a, random.uniform(0.7, 0.95) * b, random.uniform(80, 140))
+    _blob(hu, grid, (a * random.uniform(-0.42, -0.25), -0.05 * b, 60 + up), liver, 55 + contrast * 0.6)
+    if random.random() < 0.6:
+        _blob(hu, grid, (0.1 * a, -0.35 * b, 80 + up), (0.5 * a, 0.4 * b, 70), 55 + contrast * 0.6)
+    _blob(hu, grid, (0.7 * a, 0.25 * b, 70 + up), (0.25 * a, 0.4 * b, 65), 50 + contrast * 0.8)
+    _blob(hu, grid, (0.45 * a, -0.25 * b, 70 + up), (0.38 * a, 0.42 * b, 60), random.uniform(10, 60))
     for sign in (-1, 1):
-        _blob(hu, grid, (sign * 0.5 * a, 0.5 * b, random.uniform(-30, 20)), (30, 26, 55), 32 + contrast * 1.4)
-    for _ in range(int(random.integers(8, 22))):
-        centre = (random.uniform(-0.7, 0.7) * a, random.uniform(-0.8, 0.2) * b, random.uniform(-160, 90))
-        radii = (random.uniform(10, 26), random.uniform(10, 22), random.uniform(14, 50))
-        _blob(hu, grid, centre, radii, float(random.choice([35.0, 20.0, -950.0, 250.0], p=[0.5, 0.2, 0.2, 0.1])))
-    _column(hu, grid, 8, 0.55 * b, 10, 10, 40 + contrast * 1.5)
-    _spine(hu, grid, 0.72 * b, 20)
+        place = (sign * 0.5 * a, 0.5 * b, random.uniform(-50, 0) + up)
+        _blob(hu, grid, place, (random.uniform(24, 34), 26, 55), 32 + contrast * 1.4)
+    for _ in range(int(random.integers(10, 34))):
+        centre = (random.uniform(-0.75, 0.75) * a, random.uniform(-0.85, 0.3) * b, random.uniform(-190, 70) + up)
+        radii = (random.uniform(8, 26), random.uniform(8, 22), random.uniform(12, 50))
+        _blob(hu, grid, centre, radii, float(random.choice([35.0, 20.0, -950.0, 250.0], p=[0.5, 0.2, 0.22, 0.08])))
+    if random.random() < 0.5:  # the stomach's bubble
+        _blob(hu, grid, (0.4 * a, -0.5 * b, 60 + up), (random.uniform(12, 35), random.uniform(8, 20), 40), -960)
+    if random.random() < 0.4:  # lung behind the liver and spleen, a crescent
+        above = soft(grid.z_mm[:, None, None] - random.uniform(40, 150), 15.0)
+        edge = soft(ellipse(grid, 0, 0, a, b), grid.pixel_mm) * (
+            1 - soft(ellipse(grid, 0, -12, 0.93 * a, 0.9 * b), 3.0)
+        )
+        paint(hu, -830.0, edge * above)
+    _column(hu, grid, random.uniform(0, 14), 0.5 * b, 10, 10, 40 + contrast * 1.5)
+    _spine(hu, grid, 0.72 * b, random.uniform(17, 23))
     return hu
+
+
+def _bases(seed: int, grid: Grid) -> tuple[Floats, NDArray[np.uint8]]:
+    """The lowest part of a chest and what lies below it; z = 0 is the lowest point of the lungs."""
+    random = np.random.default_rng((seed, 4))
+    chest = draw_chest(random)
+    hu, masks = render(chest, Findings(), grid, seed)
+    for _ in range(int(random.integers(0, 16))):
+        centre = (random.uniform(-0.6, 0.6) * chest.half_width_mm, random.uniform(-70, 20), random.uniform(-160, -15))
+        radii = (random.uniform(8, 30), random.uniform(8, 24), random.uniform(12, 40))
+        _blob(hu, grid, centre, radii, float(random.choice([30.0, -95.0, -950.0, 150.0], p=[0.3, 0.4, 0.2, 0.1])))
+    if random.random() < 0.4:
+        _arms(hu, grid, random, chest.half_width_mm)
+    return hu, np.asarray(masks & Mask.BODY, np.uint8)
 
 
 def _pelvis(random: np.random.Generator, grid: Grid) -> Floats:

@@ -59,6 +59,7 @@ class Phantom:
     centre_mm: tuple[float, float]  # of the field of view, x and y
     findings: Findings
     labels: Labels
+    lungs_mm: float  # height of the lungs, whose lowest point is z = 0; 0 where there is no chest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,6 +74,7 @@ class Scene:
     masks: NDArray[np.uint8]
     findings: Findings
     labels: Labels
+    lungs_mm: float = 0.0
 
 
 def generate(
@@ -109,9 +111,8 @@ def build(
     random = np.random.default_rng(seed)
     supported = body is Body.CHEST and modality is Modality.CT
     if body is not Body.CHEST:
-        extent = random.uniform(150, 190) if body is Body.HEAD else random.uniform(200, 380)
-        view = random.uniform(210, 260) if body is Body.HEAD else random.uniform(330, 430)
-        grid = _grid(protocol, extent / 2, -extent / 2, view, _offset(random))
+        top, bottom, view = _reach(body, random)
+        grid = _grid(protocol, top, bottom, view, _offset(random))
         hu, masks = render_body(body, seed, grid)
         return Scene(seed, body, modality, grid, hu, masks, Findings(), Labels(supported=False))
     chest = draw_chest(random)
@@ -122,7 +123,8 @@ def build(
     top, bottom = chest.height_mm * random.uniform(1.01, 1.08), random.uniform(-55, -8)
     grid = _grid(protocol, top, bottom, view, _offset(random))
     hu, masks = render(chest, findings, grid, seed)
-    return Scene(seed, body, modality, grid, hu, masks, findings, labels_of(findings) if supported else Labels(False))
+    labels = labels_of(findings) if supported else Labels(False)
+    return Scene(seed, body, modality, grid, hu, masks, findings, labels, chest.height_mm)
 
 
 def scan(scene: Scene, random: np.random.Generator) -> Phantom:
@@ -148,6 +150,7 @@ def scan(scene: Scene, random: np.random.Generator) -> Phantom:
         centre_mm=centre,
         findings=scene.findings,
         labels=scene.labels,
+        lungs_mm=scene.lungs_mm,
     )
 
 
@@ -162,6 +165,20 @@ def _grid(protocol: Protocol, top_mm: float, bottom_mm: float, view_mm: float, o
         raise ValueError("a protocol needs slice_mm or slices")
     z = top_mm - (np.arange(count) + 0.5) * thickness
     return square_grid(z.astype(np.float32), thickness, protocol.pixels, view_mm, offset)
+
+
+def _reach(body: Body, random: np.random.Generator) -> tuple[float, float, float]:
+    """Top, bottom and field of view in mm of the scan of another body, often only a part of it."""
+    if body is Body.HEAD:
+        extent, view = random.uniform(80, 190), random.uniform(210, 260)
+        top = random.uniform(extent / 2 - 20, extent / 2 + 20)
+    elif body is Body.BASES:
+        top, view = random.uniform(5, 85), random.uniform(330, 500)
+        extent = top + random.uniform(30, 190)
+    else:
+        extent, view = random.uniform(40, 380), random.uniform(330, 510)
+        top = random.uniform(extent / 2, max(extent / 2, 190))
+    return top, top - extent, view
 
 
 def _offset(random: np.random.Generator) -> tuple[float, float]:

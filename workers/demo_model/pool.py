@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from workers.demo_model.channels import ct_images, mr_images
 from workers.demo_model.labels import Labels
-from workers.demo_model.phantom import Modality, Protocol, Scene, build, draw_kind, scan
+from workers.demo_model.phantom import Modality, Phantom, Protocol, Scene, build, draw_kind, scan
 from workers.demo_model.targets import Targets, targets_of
 
 PATCHES_PER_SIDE, TOKENS_PER_SIDE = 12, 6
@@ -34,6 +34,7 @@ class Example:
     """One scanned study. images: (S, P, P, 3) uint8."""
 
     images: NDArray[np.uint8]
+    phantom: Phantom
     member: Member
 
     @property
@@ -45,9 +46,9 @@ class Example:
 class Mixture:
     """What the scenes are like. `nodules`: how many at most are tried in each chest; None for the ordinary share."""
 
-    size: int = 160
-    fresh: int = 2  # scenes replaced per batch
-    other_share: float = 0.12
+    size: int = 120
+    fresh: int = 1  # scenes replaced per batch
+    other_share: float = 0.15
     nodules: int | None = 5
 
 
@@ -70,7 +71,7 @@ def expose(member: Member, random: np.random.Generator) -> Example:
     """Scan a scene once more."""
     phantom = scan(member.scene, random)
     images = ct_images(phantom.values) if phantom.modality is Modality.CT else mr_images(phantom.values)
-    return Example(images, member)
+    return Example(images, phantom, member)
 
 
 def member_of(scene: Scene) -> Member:

@@ -27,6 +27,11 @@ class Sign(IntEnum):
     LUNG = 8
     BODY = 9
     SUPPORTED = 10
+    RIGHT = 11  # of the lungs
+    LEFT = 12
+    UPPER = 13  # thirds of the lungs
+    MID = 14
+    LOWER = 15
 
 
 SIGNS = len(Sign)
@@ -65,6 +70,7 @@ def targets_of(phantom: Phantom, side: int) -> Targets:
     present[..., Sign.ENLARGED] = present[..., Sign.HEART] * phantom.labels.cardiomegaly
     weight[..., Sign.ENLARGED] = present[..., Sign.HEART]
     weight[..., Sign.SOLID] = 0
+    _place(phantom, present, weight, side)
     log_diameter = np.zeros((slabs, side * side), np.float32)
     for nodule in phantom.findings.nodules if phantom.labels.supported else ():
         share = _cells(_ball(phantom, nodule), side)
@@ -76,6 +82,24 @@ def targets_of(phantom: Phantom, side: int) -> Targets:
         present[..., Sign.SOLID][sure] = nodule.kind is NoduleKind.SOLID
         log_diameter[sure] = np.log(nodule.diameter_mm)
     return Targets(present, weight, log_diameter)
+
+
+def _place(phantom: Phantom, present: NDArray[np.float32], weight: NDArray[np.float32], side: int) -> None:
+    """Which lung and which third of it a cell shows; nothing is asked of cells without lung or on a border."""
+    lung = present[..., Sign.LUNG] * phantom.labels.supported
+    size = phantom.masks.shape[2]
+    x = ((np.arange(side) + 0.5) / side - 0.5) * size * phantom.pixel_mm + phantom.centre_mm[0]
+    x_cells = np.tile(x, side)[None]
+    share = (phantom.z_mm / max(phantom.lungs_mm, 1.0))[:, None]
+    for sign, inside, border in (
+        (Sign.RIGHT, x_cells < 0, np.abs(x_cells) < 12),
+        (Sign.LEFT, x_cells > 0, np.abs(x_cells) < 12),
+        (Sign.UPPER, share > 2 / 3, np.abs(share - 2 / 3) < 0.02),
+        (Sign.MID, (share > 1 / 3) & (share < 2 / 3), np.minimum(np.abs(share - 1 / 3), np.abs(share - 2 / 3)) < 0.02),
+        (Sign.LOWER, share < 1 / 3, np.abs(share - 1 / 3) < 0.02),
+    ):
+        present[..., sign] = lung * inside
+        weight[..., sign] = lung * ~border
 
 
 def _cells(mask: NDArray[np.bool_], side: int) -> NDArray[np.float32]:

@@ -23,11 +23,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=("vision", "decoder", "assemble"))
     parser.add_argument("--folder", type=Path, default=Path("var/train"))
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--minutes", type=float, help="end the schedule after this time, if it is sooner")
+    parser.add_argument("--start", type=Path, help="a model folder to begin a new training with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--decay-from", type=float)
     parser.add_argument("--short", type=int, help="decoder: steps with short readings")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--rank", type=int, help="be this one of the processes, and start none")
     parser.add_argument("--port", type=int, default=29517)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="assemble: where the model folder goes")
     options = parser.parse_args(arguments)
@@ -35,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.stage == "assemble":
         assemble(options.folder, options.out)
         return 0
-    if options.processes > 1:
+    if options.rank is not None:
+        _work(options.rank, options)
+    elif options.processes > 1:
         spawn(_work, (options,), nprocs=options.processes)  # type: ignore[no-untyped-call]
     else:
         _work(0, options)
@@ -51,13 +56,17 @@ def _work(rank: int, options: argparse.Namespace) -> None:
         )
     given: dict[str, Any] = {
         name: getattr(options, name)
-        for name in ("seed", "steps", "rate", "decay_from", "short")
+        for name in ("seed", "steps", "minutes", "rate", "decay_from", "short")
         if getattr(options, name, None) is not None
     }
     if options.stage == "vision":
-        train_vision(options.folder, VisionPlan(**given), rank=rank, processes=options.processes, say=_say)
+        train_vision(
+            options.folder, VisionPlan(**given), start=options.start, rank=rank, processes=options.processes, say=_say
+        )
     else:
-        train_decoder(options.folder, DecoderPlan(**given), rank=rank, processes=options.processes, say=_say)
+        train_decoder(
+            options.folder, DecoderPlan(**given), start=options.start, rank=rank, processes=options.processes, say=_say
+        )
     if options.processes > 1:
         torch.distributed.destroy_process_group()
 

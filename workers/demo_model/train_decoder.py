@@ -1,6 +1,6 @@
-"""Second stage of training: the language model learns to write the report from the tower's tokens.
+"""Second stage of training: the language model learns to write the report from the tower's tokens, and to answer.
 
-Short readings first (a hundred tokens), then long ones as in use, pruned at random by the product's own pruner.
+Short readings first (some thirty tokens), then long ones as in use, pruned at random by the product's own pruners.
 The tower stands still.
 """
 
@@ -15,103 +15,44 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
-from transformers import Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from workers.demo_model.accuracy import Accuracy, accuracy_of
-from workers.demo_model.encode import Encoded, Shown, draw_setting, encode, show_pruned, show_suspects
+from workers.demo_model.dialogue import Row, Writer, dialogue_loss, draw_questions, padded
+from workers.demo_model.encode import Encoded, Shown, draw_setting, encode_example, show_pruned, show_suspects
 from workers.demo_model.folder import new_model, tokenizer
-from workers.demo_model.labels import Labels
 from workers.demo_model.optimise import Optimisers, Schedule, average_gradients
 from workers.demo_model.pool import Mixture, examples
-from workers.demo_model.report_text import read, write
+from workers.demo_model.report_text import read
 from workers.demo_model.train_vision import Eyes, held_out_examples
-from workers.demo_model.words import IMAGE_TOKENS
+from workers.demo_model.words import IMAGE_TOKENS, SPACE
 
-QUESTIONS = (
+PROMPTS = (
     "You are a radiology assistant. Read the slices of this examination in order and write a report "
     "with the sections Findings: and Impression:.",
     "Describe this CT study.",
 )
-TEXT_TOKENS = 250  # prompt and report without visual tokens, about
+TEXT_TOKENS = 250  # prompt, report and questions without visual tokens, about
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderPlan:
-    """short: steps with short readings, of `steps` in all."""
+    """short: share of the training with short readings. It ends at `steps` or after `minutes`, whichever is sooner."""
 
     seed: int = 0
-    steps: int = 800
-    short: int = 400
+    steps: int = 1600
+    minutes: float = float("inf")
+    short: float = 0.35
     reports: int = 16  # per step and process at most
+    questions: int = 7  # after each report at most
     tokens: int = 4500  # of all readings of a step and process together
     fresh: int = 1  # studies encoded per step and process
     kept: int = 2000  # encoded studies in memory per process
-    first: int = 100
-    rate: float = 2e-3
-    decay_from: float = 0.6
-    held_out: int = 80  # studies to watch the training by
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Writer:
-    """Prompts as the product's host builds them from the chat template."""
-
-    words: PreTrainedTokenizerFast
-
-    def number(self, token: str) -> int:
-        return int(self.words.get_vocab()[token])
-
-    def ids(self, text: str) -> list[int]:
-        return list(self.words(text, add_special_tokens=False)["input_ids"])
-
-    def prompt(self, shown: Shown, question: str) -> list[int]:
-        """Each kept slab's name and its kept tokens in turn, then the question."""
-        image = self.number(IMAGE_TOKENS["image_token"])
-        result = self.ids("<bos><start_of_turn>user\n")
-        for index, kept in enumerate(shown.kept.sum(dim=1).tolist(), 1):
-            if kept:
-                begin = self.ids(f"SLICE {index}:{IMAGE_TOKENS['boi_token']}")
-                result += [*begin, *[image] * kept, self.number(IMAGE_TOKENS["eoi_token"])]
-        return [*result, *self.ids(f"{question}<end_of_turn>\n<start_of_turn>model\n")]
-
-    def answer(self, labels: Labels) -> list[int]:
-        return self.ids(f"{write(labels)}<end_of_turn>")
-
-
-def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Rows of different length to one matrix, filled on the left."""
-    longest = max(map(len, rows))
-    return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
-
-
-def report_loss(
-    model: Gemma3ForConditionalGeneration, writer: Writer, some: Sequence[tuple[Shown, Labels, str]]
-) -> Tensor:
-    """Mean cross entropy of the reports' tokens."""
-    prompts = [writer.prompt(shown, question) for shown, _, question in some]
-    answers = [writer.answer(labels) for _, labels, _ in some]
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    ids = padded(rows, 0)
-    mask = padded([[1] * len(row) for row in rows], 0)
-    image = ids == writer.number(IMAGE_TOKENS["image_token"])
-    embedded = model.get_input_embeddings()(ids)
-    features = torch.cat([shown.features[shown.kept] for shown, _, _ in some])
-    embedded = embedded.masked_scatter(image[..., None], features)
-    longest = max(map(len, answers))
-    hidden = model(
-        inputs_embeds=embedded,
-        attention_mask=mask,
-        token_type_ids=image.long(),
-        logits_to_keep=longest + 1,
-        use_cache=False,
-    ).logits[:, :-1]
-    wanted = ids[:, -longest:].clone()
-    for row, answer in enumerate(answers):
-        wanted[row, : longest - len(answer)] = -100
-    return functional.cross_entropy(hidden.flatten(0, 1).float(), wanted.flatten(), ignore_index=-100)
+    first: int = 60
+    rate: float = 1.5e-3
+    decay_from: float = 0.5
+    held_out: int = 60  # studies to watch the training by
 
 
 @torch.no_grad()
@@ -122,7 +63,7 @@ def write_reports(
     texts: list[str] = []
     for first in range(0, len(shown), together):
         some = shown[first : first + together]
-        rows = [writer.prompt(one, QUESTIONS[0]) for one in some]
+        rows = [writer.prompt(one, PROMPTS[0]) for one in some]
         ids = padded(rows, 0)
         features = torch.cat([one.features[one.kept] for one in some])
         result = model.generate(  # type: ignore[misc]
@@ -148,9 +89,11 @@ def load_eyes(folder: Path, seed: int) -> Eyes:
     return eyes.eval()
 
 
-def model_with(eyes: Eyes, seed: int) -> Gemma3ForConditionalGeneration:
-    """A new language model behind the trained tower and projector, which are fixed."""
+def model_with(eyes: Eyes, seed: int, start: Path | None = None) -> Gemma3ForConditionalGeneration:
+    """A new language model behind the trained tower and projector, which are fixed; `start`: see train_decoder."""
     model = new_model(seed)
+    if start is not None:
+        take_over(model, start)
     model.model.vision_tower.load_state_dict(eyes.tower.state_dict())
     model.model.multi_modal_projector.load_state_dict(eyes.projector.state_dict())
     for part in (model.model.vision_tower, model.model.multi_modal_projector):
@@ -158,78 +101,110 @@ def model_with(eyes: Eyes, seed: int) -> Gemma3ForConditionalGeneration:
     return model
 
 
-def train_decoder(folder: Path, plan: DecoderPlan, *, rank: int = 0, processes: int = 1, say: Any = print) -> None:
-    """Train until `plan.steps`, going on from the checkpoint in `folder` when there is one."""
+@torch.no_grad()
+def take_over(model: Gemma3ForConditionalGeneration, folder: Path) -> None:
+    """The language model of a model folder, whose words may be others: rows of the embedding go by their word."""
+    old = Gemma3ForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    words = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()  # type: ignore[no-untyped-call]
+    states = old.model.language_model.state_dict()
+    before, after = states.pop("embed_tokens.weight"), model.get_input_embeddings().weight
+    for word, number in tokenizer().get_vocab().items():
+        source = words.get(word, words.get(SPACE + word))
+        if source is not None:
+            after[number] = before[source]
+    model.model.language_model.load_state_dict(states, strict=False)
+
+
+def train_decoder(
+    folder: Path,
+    plan: DecoderPlan,
+    *,
+    start: Path | None = None,
+    rank: int = 0,
+    processes: int = 1,
+    say: Any = print,
+) -> None:
+    """Train to the end of the plan, going on from the checkpoint in `folder` when there is one.
+
+    start: a model folder whose language model a new training begins with.
+    """
     eyes = load_eyes(folder, plan.seed)
-    model, writer = model_with(eyes, plan.seed), Writer(tokenizer())
-    optimisers = Optimisers(model, plan.rate)
     checkpoint = folder / "decoder.pt"
+    older = start if not checkpoint.exists() else None
+    model, writer = model_with(eyes, plan.seed, older), Writer(tokenizer())
+    optimisers = Optimisers(model, plan.rate)
     begin, seconds = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimisers.load_state_dict(state["optimisers"])
         begin, seconds = state["step"], state["cpu_seconds"]
-    schedule = Schedule(plan.rate, plan.steps, plan.decay_from)
+    schedule = Schedule(plan.steps, plan.decay_from, plan.minutes * 60)
     mixture = Mixture(nodules=None, fresh=1, size=60)
     studies = examples(plan.seed + 1, rank, begin, plan.fresh, mixture)
     random = np.random.default_rng((plan.seed, rank, begin, 2))
     cache: list[Encoded] = []
     while len(cache) < plan.first:
-        cache += [encode(eyes, study.images, study.labels) for study in next(studies)]
-    held_out = (
-        [encode(eyes, study.images, study.labels) for study in held_out_examples(plan.held_out)] if rank == 0 else []
-    )
-    start, wall, losses = time.process_time(), time.monotonic(), []
+        cache += [encode_example(eyes, study) for study in next(studies)]
+    held_out = [encode_example(eyes, study) for study in held_out_examples(plan.held_out)] if rank == 0 else []
+    begun, wall, losses = time.process_time(), time.monotonic(), []
     for step in range(begin, plan.steps):
-        cache += [encode(eyes, study.images, study.labels) for study in next(studies)]
+        elapsed = time.monotonic() - wall
+        over = schedule.share(step, elapsed)
+        cache += [encode_example(eyes, study) for study in next(studies)]
         del cache[: max(0, len(cache) - plan.kept)]
-        short = step < plan.short
+        short = over < plan.short
         chosen = random.permutation(len(cache))[: plan.reports]
-        some = _readings([cache[index] for index in chosen], plan, short, random)
-        loss = report_loss(model, writer, some)
+        rows, shown = _readings(writer, [cache[index] for index in chosen], plan, short, random)
+        loss = dialogue_loss(model, writer, rows, shown)
         loss.backward()  # type: ignore[no-untyped-call]
         average_gradients(model, processes)
-        optimisers.step(schedule.factor(step))
+        optimisers.step(schedule.factor(step, elapsed))
         losses.append(float(loss.detach()))
         done = step + 1
         if rank == 0 and done % 25 == 0:
-            spent = seconds + time.process_time() - start
+            spent = seconds + time.process_time() - begun
             times = f"cpu {spent:.0f} s wall {time.monotonic() - wall:.0f} s"
             say(f"decoder step {done} loss {np.mean(losses[-25:]):.4f} {times}")
-        if rank == 0 and (done % 50 == 0 or done == plan.steps):
+        if rank == 0 and (done % 25 == 0 or done == plan.steps or over >= 1):
             state = {
                 "model": model.state_dict(),
                 "optimisers": optimisers.state_dict(),
                 "step": done,
-                "cpu_seconds": seconds + time.process_time() - start,
+                "cpu_seconds": seconds + time.process_time() - begun,
                 "plan": asdict(plan),
             }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
-        if rank == 0 and (done % 400 == 0 or done == plan.steps):
+        if rank == 0 and (done % 400 == 0 or done == plan.steps or over >= 1):
             model.eval()  # type: ignore[no-untyped-call]
             reader = (lambda one: show_suspects(one, np.random.default_rng(0))) if short else whole
             texts = write_reports(model, writer, [reader(one) for one in held_out])
             model.train()
             pairs = [(one.labels, read(text)) for one, text in zip(held_out, texts, strict=True)]
             say("held out " + json.dumps(summary(accuracy_of(pairs))))
+        if over >= 1:
+            break
 
 
 def _readings(
-    studies: Sequence[Encoded], plan: DecoderPlan, short: bool, random: np.random.Generator
-) -> list[tuple[Shown, Labels, str]]:
+    writer: Writer, studies: Sequence[Encoded], plan: DecoderPlan, short: bool, random: np.random.Generator
+) -> tuple[list[Row], list[Shown]]:
     """Readings of one step: of one pruning setting, and as many as fit into plan.tokens."""
     setting = draw_setting(random)
-    some: list[tuple[Shown, Labels, str]] = []
+    rows: list[Row] = []
+    readings: list[Shown] = []
     room = plan.tokens
     for study in studies:
         shown = show_suspects(study, random) if short else show_pruned(study, setting, random)
         room -= int(shown.kept.sum()) + TEXT_TOKENS
-        if some and room < 0:
+        if rows and room < 0:
             break
-        some.append((shown, study.labels, QUESTIONS[int(random.random() < 0.15)]))
-    return some
+        asked = draw_questions(study.labels, study.places, shown, random, plan.questions)
+        prompt = writer.prompt(shown, PROMPTS[int(random.random() < 0.15)])
+        rows.append(writer.row(prompt, study.labels, asked))
+        readings.append(shown)
+    return rows, readings
 
 
 def summary(accuracy: Accuracy) -> dict[str, str]:

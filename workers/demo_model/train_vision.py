@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import SiglipVisionModel
+from transformers import Gemma3ForConditionalGeneration, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from workers.demo_model.architecture import config, start_vision, vision_config
@@ -43,6 +43,11 @@ SIGN_WEIGHTS = {
     Sign.CALCIFICATION: 10.0,
     Sign.ENLARGED: 4.0,
     Sign.SUPPORTED: 0.5,
+    Sign.RIGHT: 0.3,
+    Sign.LEFT: 0.3,
+    Sign.UPPER: 0.5,
+    Sign.MID: 0.5,
+    Sign.LOWER: 0.5,
 }
 POSITIVE_WEIGHTS = {Sign.NODULE: 4.0, Sign.CALCIFICATION: 4.0}
 
@@ -52,17 +57,21 @@ Dense = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]  # 
 
 @dataclass(frozen=True, slots=True)
 class VisionPlan:
-    """How long and how hard. steps is the end of the schedule; the rate falls linearly to zero over its last part."""
+    """How long and how hard. The schedule ends at `steps` or after `minutes`, whichever is sooner; the rate falls
+    linearly to zero over its last part.
+    """
 
     seed: int = 0
     steps: int = 4000
-    studies: int = 9  # per step and process
-    slabs: int = 18  # of each study; half as many once every cell is encoded
+    minutes: float = float("inf")
+    studies: int = 5  # per step and process
+    slabs: int = 16  # of each study; half as many once every cell is encoded
     cells: int = 14  # of the 36 of each slab, until `full_from`
-    full_from: float = 0.95  # share of the steps after which every cell is encoded
+    full_from: float = 0.85  # share of the steps after which every cell is encoded
     rate: float = 2e-3
     decay_from: float = 0.6
-    held_out: int = 120  # studies to watch the training by
+    heads: int = 30  # first steps in which only the heads learn, where tower and projector come from older weights
+    held_out: int = 80  # studies to watch the training by
 
 
 class Eyes(nn.Module):
@@ -93,6 +102,12 @@ class Eyes(nn.Module):
         pooled = self.projector.mm_soft_emb_norm(patches.unflatten(1, (-1, 4)).mean(dim=2))
         return self.patch_head(patches), self.token_head(pooled @ self.projector.mm_input_projection_weight)
 
+    def take_over(self, folder: Path) -> None:
+        """Tower and projector of a model folder."""
+        model = Gemma3ForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=torch.float32).model
+        self.tower.load_state_dict(model.vision_tower.state_dict())
+        self.projector.load_state_dict(model.multi_modal_projector.state_dict())
+
     def tokens(self, pixels: Tensor) -> Tensor:
         projected: Tensor = self.projector(self.tower(pixels).last_hidden_state)
         return projected
@@ -103,13 +118,18 @@ def patches_of(cells: Tensor) -> Tensor:
     return blocks(PATCHES_PER_SIDE, PATCHES_PER_SIDE, PATCHES_PER_SIDE // TOKENS_PER_SIDE)[cells].flatten(1)
 
 
-def choose_cells(tokens: list[Tensor], count: int, random: np.random.Generator) -> Tensor:
-    """(N, count) cells worth learning from: lesions first, then lung, then the rest of the body."""
+def choose_cells(tokens: list[Tensor], bright: Tensor, count: int, random: np.random.Generator) -> Tensor:
+    """(N, count) cells worth learning from: lesions and what looks like one first, then lung, then the body.
+
+    bright: (N, n) greatest value of the blob channel in each cell, -1..1: vessels, domes and ribs that could be taken
+    for nodules.
+    """
     present, weight, _ = tokens
     lesions = [Sign.NODULE, Sign.EFFUSION, Sign.CONSOLIDATION, Sign.PNEUMOTHORAX, Sign.CALCIFICATION]
     score = torch.from_numpy(random.random(present.shape[:2]).astype(np.float32))
     score += 3 * present[..., Sign.NODULE] + 2 * (1 - weight[..., Sign.NODULE])
     score += 0.5 * present[..., lesions].amax(-1) + 0.6 * present[..., Sign.LUNG] + 0.4 * present[..., Sign.BODY]
+    score += 1.2 * (bright + 1) * present[..., Sign.LUNG]
     return score.topk(count, dim=1).indices
 
 
@@ -117,6 +137,11 @@ def at(targets: list[Tensor], places: Tensor) -> list[Tensor]:
     """The targets (N, n, ...) of some places (N, k)."""
     rows = torch.arange(len(places))[:, None]
     return [target[rows, places] for target in targets]
+
+
+def brightest(pixels: Tensor) -> Tensor:
+    """(N, 3, P, P) to (N, n): the greatest value of the third channel in each cell of the token grid."""
+    return functional.max_pool2d(pixels[:, 2], pixels.shape[-1] // TOKENS_PER_SIDE).flatten(1)
 
 
 def to_pixels(images: NDArray[np.uint8]) -> Tensor:
@@ -160,40 +185,58 @@ def batch_of(
     return to_pixels(np.concatenate(images)), joined[0], joined[1]
 
 
-def train_vision(folder: Path, plan: VisionPlan, *, rank: int = 0, processes: int = 1, say: Any = print) -> None:
-    """Train until `plan.steps`, going on from the checkpoint in `folder` when there is one."""
+def train_vision(
+    folder: Path,
+    plan: VisionPlan,
+    *,
+    start: Path | None = None,
+    rank: int = 0,
+    processes: int = 1,
+    say: Any = print,
+) -> None:
+    """Train to the end of the plan, going on from the checkpoint in `folder` when there is one.
+
+    start: a model folder whose tower and projector a new training begins with.
+    """
     eyes = Eyes(plan.seed)
-    optimisers = Optimisers(eyes, plan.rate)
     checkpoint = folder / "vision.pt"
     first, seconds = 0, 0.0
+    if start is not None and not checkpoint.exists():
+        eyes.take_over(start)
+    heads_alone = plan.heads if start is not None else 0
+    optimisers = Optimisers(eyes, plan.rate)
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         eyes.load_state_dict(state["eyes"])
         optimisers.load_state_dict(state["optimisers"])
         first, seconds = state["step"], state["cpu_seconds"]
-    schedule = Schedule(plan.rate, plan.steps, plan.decay_from)
+    schedule = Schedule(plan.steps, plan.decay_from, plan.minutes * 60)
     batches = examples(plan.seed, rank, first, plan.studies, Mixture())
     random = np.random.default_rng((plan.seed, rank, first, 1))
     begun, wall, losses = time.process_time(), time.monotonic(), []
     held_out = held_out_examples(plan.held_out) if rank == 0 else []
     for step in range(first, plan.steps):
-        full = step >= plan.full_from * plan.steps
+        elapsed = time.monotonic() - wall
+        over = schedule.share(step, elapsed)
+        full = over >= plan.full_from
         pixels, patches, tokens = batch_of(next(batches), max(1, plan.slabs // 2) if full else plan.slabs, random)
-        cells = None if full else choose_cells(tokens, plan.cells, random)
+        cells = None if full else choose_cells(tokens, brightest(pixels), plan.cells, random)
         if cells is not None:
             patches, tokens = at(patches, patches_of(cells)), at(tokens, cells)
         on_patches, on_tokens = eyes(pixels, cells)
         loss = dense_loss(on_patches, *patches) + 0.5 * dense_loss(on_tokens, *tokens)
         loss.backward()  # type: ignore[no-untyped-call]
         average_gradients(eyes, processes)
-        optimisers.step(schedule.factor(step))
+        for weight in eyes.tower.parameters() if step < heads_alone else ():
+            weight.grad = None
+        optimisers.step(schedule.factor(step, elapsed))
         losses.append(float(loss.detach()))
         done = step + 1
         if rank == 0 and done % 25 == 0:
             spent = seconds + time.process_time() - begun
             times = f"cpu {spent:.0f} s wall {time.monotonic() - wall:.0f} s"
             say(f"vision step {done} loss {np.mean(losses[-25:]):.4f} {times}")
-        if rank == 0 and (done % 100 == 0 or done == plan.steps):
+        if rank == 0 and (done % 50 == 0 or done == plan.steps or over >= 1):
             state = {
                 "eyes": eyes.state_dict(),
                 "optimisers": optimisers.state_dict(),
@@ -203,8 +246,10 @@ def train_vision(folder: Path, plan: VisionPlan, *, rank: int = 0, processes: in
             }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
-        if rank == 0 and (done % 400 == 0 or done == plan.steps):
+        if rank == 0 and (done % 400 == 0 or done == plan.steps or over >= 1):
             say("held out " + json.dumps(study_scores(eyes, held_out)))
+        if over >= 1:
+            break
 
 
 def held_out_examples(count: int, first_seed: int = 500_000_000) -> list[Example]:

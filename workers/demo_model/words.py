@@ -1,10 +1,12 @@
-"""The words of the demonstration model: whole words, numbers and punctuation, closed over all report phrasings."""
+"""The words of the demonstration model: whole words, numbers and punctuation, closed over all report phrasings
+and questions."""
 
 from __future__ import annotations
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 IMAGE_TOKENS = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
 LARGEST_NUMBER = 256  # slice numbers and mm share them
+LARGEST_ANSWER = 64  # numbers that stand alone as an answer, without a space before them
 SPACE = "▁"  # stands for the space before a word, as in Gemma's own vocabulary
 
 
@@ -16,7 +18,8 @@ def vocabulary() -> dict[str, int]:
 def _tokens() -> list[str]:
     words = _PLAIN.split()
     spaced = [SPACE + word for word in words] + words + [SPACE + str(n) for n in range(1, LARGEST_NUMBER + 1)]
-    tokens = [*SPECIAL_TOKENS, *IMAGE_TOKENS.values(), "\n", SPACE, ".", ",", ":", *spaced]
+    spaced += [str(n) for n in range(1, LARGEST_ANSWER + 1)]
+    tokens = [*SPECIAL_TOKENS, *IMAGE_TOKENS.values(), "\n", SPACE, ".", ",", ":", "?", *spaced]
     return list(dict.fromkeys(tokens))
 
 
@@ -30,4 +33,5 @@ pulmonary identified There there The lungs cardiomegaly Cardiomegaly enlarged Ao
 Right right Left left Bilateral bilateral upper mid lower Upper Mid Lower zone solid Solid ground Ground glass
 mm in small moderate large Small Moderate Large Consolidation it
 You radiology assistant Read slices examination order and write with sections
+Is there Answer yes or no Which side is the both Diameter of largest shows best its number
 """

@@ -1,0 +1,165 @@
+"""Closed questions behind a report: what the language model is taught on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from service.shared.messages import Aspect, FindingName
+from workers.demo_model.anatomy import Side, Zone
+from workers.demo_model.dialogue import (
+    CODED_FINDINGS,
+    Row,
+    Writer,
+    dialogue_loss,
+    draw_questions,
+    masks,
+    padded,
+    true_answer,
+)
+from workers.demo_model.encode import Places, Shown, places_of
+from workers.demo_model.findings import Extent, NoduleKind
+from workers.demo_model.folder import new_model, tokenizer
+from workers.demo_model.labels import ConsolidationLabel, EffusionLabel, Labels, NoduleLabel
+from workers.demo_model.phantom import SLABS, generate
+from workers.demo_model.words import IMAGE_TOKENS
+from workers.questions import Question, questions_about
+
+LABELS = Labels(
+    nodules=(
+        NoduleLabel(Side.LEFT, Zone.UPPER, NoduleKind.SOLID, 14),
+        NoduleLabel(Side.RIGHT, Zone.MID, NoduleKind.SOLID, 6),
+    ),
+    effusion=EffusionLabel((Side.RIGHT, Side.LEFT), Extent.SMALL),
+    consolidation=ConsolidationLabel(Side.RIGHT, Zone.LOWER),
+    cardiomegaly=True,
+)
+PLACES = Places(nodule=2, consolidation=3)
+EVERY_QUESTION = questions_about(CODED_FINDINGS, range(1, 25))
+
+
+@pytest.fixture(scope="module")
+def writer() -> Writer:
+    return Writer(tokenizer())
+
+
+def shown_of(slabs: int = 4, tokens: int = 36) -> Shown:
+    generator = torch.Generator().manual_seed(3)
+    kept = torch.rand((slabs, tokens), generator=generator) < 0.3
+    kept[0] = False
+    return Shown(torch.randn((slabs, tokens, 128), generator=generator), kept)
+
+
+def asked(finding: FindingName, aspect: Aspect) -> Question:
+    return next(one for one in EVERY_QUESTION if one.finding is finding and one.aspect is aspect)
+
+
+@pytest.mark.parametrize("question", EVERY_QUESTION, ids=lambda one: f"{one.finding}-{one.aspect}")
+def test_every_question_and_answer_is_in_the_models_words(writer: Writer, question: Question) -> None:
+    """No word is unknown, and each text comes back as it went in."""
+    for text in (question.text, *question.answers):
+        ids = writer.ids(text)
+        assert writer.number("<unk>") not in ids
+        assert writer.words.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("finding", "aspect", "answer"),
+    [
+        (FindingName.NODULE, Aspect.PRESENCE, "yes"),
+        (FindingName.NODULE, Aspect.SIDE, "left"),
+        (FindingName.NODULE, Aspect.ZONE, "upper"),
+        (FindingName.NODULE, Aspect.DIAMETER_MM, "14"),
+        (FindingName.NODULE, Aspect.SLICE, "2"),
+        (FindingName.EFFUSION, Aspect.SIDE, "both"),
+        (FindingName.CONSOLIDATION, Aspect.ZONE, "lower"),
+        (FindingName.CONSOLIDATION, Aspect.SLICE, "3"),
+        (FindingName.CARDIOMEGALY, Aspect.PRESENCE, "yes"),
+        (FindingName.PNEUMOTHORAX, Aspect.PRESENCE, "no"),
+        (FindingName.PNEUMOTHORAX, Aspect.SIDE, None),
+    ],
+)
+def test_the_true_answer_is_what_the_labels_say(finding: FindingName, aspect: Aspect, answer: str | None) -> None:
+    """Of the largest nodule; nothing is answered about what is absent."""
+    assert true_answer(asked(finding, aspect), LABELS, PLACES) == answer
+
+
+def test_a_slab_that_is_not_shown_is_no_answer() -> None:
+    """Where the slab with the finding is left out of the reading, the question is not taught."""
+    question = next(one for one in questions_about([FindingName.NODULE], [1, 3]) if one.aspect is Aspect.SLICE)
+    assert true_answer(question, LABELS, PLACES) is None
+
+
+def test_drawn_questions_put_what_is_there_first() -> None:
+    """However few are drawn, absent findings do not crowd out the present."""
+    import numpy as np
+
+    drawn = draw_questions(LABELS, PLACES, shown_of(), np.random.default_rng(0), 12)
+    assert len(drawn) == 12
+    assert all(answer != "no" for _, answer in drawn)
+
+
+def test_places_are_the_slabs_that_hold_the_findings() -> None:
+    """The slab of the largest nodule's centre, counted from 1, head first."""
+    phantom = next(one for seed in range(40) if (one := generate(seed, SLABS)).findings.nodules)
+    place = places_of(phantom).nodule
+    assert place is not None
+    centre = max(phantom.findings.nodules, key=lambda nodule: nodule.diameter_mm).centre_mm[2]
+    assert abs(phantom.z_mm[place - 1] - centre) <= phantom.slice_mm / 2 + 1e-3
+
+
+def test_each_question_is_taught_as_if_it_were_alone(writer: Writer) -> None:
+    """The loss over one packed row is that of the stock model run on report and questions one by one."""
+    model, shown = new_model(0).eval(), shown_of()
+    prompt = writer.prompt(shown, "Describe this CT study.")
+    questions = [(asked(*key), answer) for key, answer in QUESTIONS.items()]
+    with torch.no_grad():
+        packed = float(dialogue_loss(model, writer, [writer.row(prompt, LABELS, questions)], [shown]))
+        sums, weights = 0.0, 0.0
+        for part in (None, *questions):
+            row = writer.row(prompt, LABELS, [part] if part else [])
+            if part:  # the report was counted already
+                row = replace(row, weight=[w if b else 0.0 for w, b in zip(row.weight, row.branch, strict=True)])
+            loss, weight = stock_loss(model, writer, row, shown)
+            sums, weights = sums + loss, weights + weight
+    assert packed == pytest.approx(sums / weights, rel=1e-4)
+
+
+def test_rows_of_different_length_are_padded_without_a_trace(writer: Writer) -> None:
+    """Two studies in one batch lose what each loses alone."""
+    model, some = new_model(0).eval(), [shown_of(4), shown_of(7)]
+    rows = [writer.row(writer.prompt(one, "Describe this CT study."), LABELS, []) for one in some]
+    with torch.no_grad():
+        together = float(dialogue_loss(model, writer, rows, some))
+        alone = [float(dialogue_loss(model, writer, [row], [one])) for row, one in zip(rows, some, strict=True)]
+    assert together == pytest.approx(sum(alone) / 2, rel=1e-4)
+
+
+def test_distant_tokens_are_seen_by_full_layers_only() -> None:
+    """The sliding layers see a window of positions, as in the stock model."""
+    branch, position = torch.zeros(1, 6, dtype=torch.int64), torch.arange(6)[None]
+    both = masks(branch, position, torch.zeros(1, 6, dtype=torch.bool), window=3)
+    assert both["full_attention"][0, 0, 5].tolist() == [True] * 6
+    assert both["sliding_attention"][0, 0, 5].tolist() == [False, False, False, True, True, True]
+
+
+QUESTIONS = {
+    (FindingName.NODULE, Aspect.SIDE): "left",
+    (FindingName.NODULE, Aspect.DIAMETER_MM): "14",
+    (FindingName.PNEUMOTHORAX, Aspect.PRESENCE): "no",
+}
+
+
+def stock_loss(model: object, writer: Writer, row: Row, shown: Shown) -> tuple[float, float]:
+    """Weighted sum of the losses, and of the weights, through the stock forward with its own masks."""
+    ids = torch.tensor([row.ids])
+    image = ids == writer.number(IMAGE_TOKENS["image_token"])
+    embedded = model.get_input_embeddings()(ids).masked_scatter(image[..., None], shown.features[shown.kept])  # type: ignore[attr-defined]
+    logits = model(  # type: ignore[operator]
+        inputs_embeds=embedded, attention_mask=torch.ones_like(ids), token_type_ids=image.long(), use_cache=False
+    ).logits[0, :-1]
+    weight = padded([row.weight], 0, torch.float32)[0, 1:]
+    losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    return float((losses * weight).sum()), float(weight.sum())
