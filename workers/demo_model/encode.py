@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,8 @@ def guide_of(phantom: Phantom) -> Guide:
     """What the worker would know of this phantom's slabs before the model sees them."""
     values = phantom.values.astype(np.float32)
     bounds = slab_bounds(len(values))
-    slabs = np.stack([values[a:b].mean(axis=0) for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
-    places = np.array([-phantom.z_mm[a:b].mean() for a, b in zip(bounds[:-1], bounds[1:], strict=True)], np.float64)
+    slabs = np.stack([values[a:b].mean(axis=0) for a, b in pairwise(bounds)])
+    places = np.array([-phantom.z_mm[a:b].mean() for a, b in pairwise(bounds)], np.float64)
     along = float(np.median(np.diff(places)))
     return make_guide(
         slabs,
@@ -68,8 +69,8 @@ def guide_of(phantom: Phantom) -> Guide:
 class Encoded:
     """One study as S slabs of n projected tokens.
 
-    features: (S, n, c) float16; received: (S, n) float32 and keys: (S, n, d) float16 of the tower's last layer, as the
-    pruner wants them; suspicion: (S, n, 6) float16, the tower's own logits for SUSPECTS; guide: what `guarded` may know.
+    features: (S, n, c) float16; received: (S, n) float32 and keys: (S, n, d) float16 of the tower's last layer, as
+    the pruner wants them; suspicion: (S, n, 6) float16, the tower's own logits for SUSPECTS; guide: what `guarded` knows.
     """
 
     features: Tensor

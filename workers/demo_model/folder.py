@@ -33,7 +33,8 @@ MARK_CONTENT: dict[str, Any] = {
 }
 
 # Blank lines around images are dropped by the tokenizer's normalizer: they would cost four tokens per slice.
-CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}
+CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}<start_of_turn>\
+{{ 'model' if message['role'] == 'assistant' else message['role'] }}
 {% if message['content'] is string %}{{ message['content'] | trim }}{% else %}\
 {% for part in message['content'] %}\
 {% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}\
