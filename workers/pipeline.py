@@ -150,7 +150,7 @@ def _output(
         model=model.identity,
         prompt=request.prompt,
         max_new_tokens=request.settings.model.max_new_tokens,
-        pruning=as_applied(request.settings.pruning),
+        pruning=as_applied(request.settings.pruning, own_slabs=bool(model.preprocessing)),
         preprocessing=prepared.applied,
         counts=_counts(volume, prepared, generation),
         per_input=_per_input(prepared, generation),
@@ -178,12 +178,17 @@ def _answers(generation: Generation) -> tuple[ClosedAnswer, ...]:
     )
 
 
-def as_applied(pruning: PruningSettings) -> dict[str, object]:
-    """The settings that had an effect; a disabled stage is recorded as off, without the knobs it did not use."""
+def as_applied(pruning: PruningSettings, *, own_slabs: bool = False) -> dict[str, object]:
+    """The settings that had an effect; a disabled stage is recorded as off, without the knobs it did not use.
+
+    own_slabs: the weights bring their own way to make slabs, so that those of `guarded` were not made.
+    """
     if pruning.method is PruningMethod.OFF:
         return {"method": "off", "slice_stage": False, "token_stage": False}
     guarded = pruning.method is PruningMethod.GUARDED
     unused = set(_OF_MEDPRUNER if guarded else _OF_GUARDED)
+    if own_slabs:
+        unused |= {"slab_mm", "slab_operation"}
     if not pruning.slice_stage:
         unused |= {"gamma", "tile_change", "gap_cap_mm", "dropped_slices"}
     if not pruning.token_stage:

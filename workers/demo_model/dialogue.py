@@ -24,7 +24,7 @@ from workers.questions import NODULE_DIAMETERS_MM, Question, questions_about
 
 ANSWER_WEIGHT = 2.0  # of an answer's token beside one of the report, most of which say nothing of the study
 IGNORED = -100
-CODED_FINDINGS = tuple(FindingName)  # what the weights are taught to answer questions about
+CODED_FINDINGS = tuple(FindingName)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,11 @@ class Writer:
 
 
 def true_answer(question: Question, labels: Labels, places: Places) -> str | None:
-    """What the labels answer; None where the finding is absent, or the answer not among those given."""
+    """What the labels answer; None where nothing can: the finding is absent, or the study no chest CT."""
+    if question.finding is None:
+        return "yes" if labels.supported else "no"
+    if not labels.supported:
+        return None
     present: dict[FindingName, object] = {
         FindingName.NODULE: labels.nodules,
         FindingName.EFFUSION: labels.effusion,

@@ -70,7 +70,8 @@ class Encoded:
     """One study as S slabs of n projected tokens.
 
     features: (S, n, c) float16; received: (S, n) float32 and keys: (S, n, d) float16 of the tower's last layer, as
-    the pruner wants them; suspicion: (S, n, 6) float16, the tower's own logits for SUSPECTS; guide: what `guarded` knows.
+    the pruner wants them; suspicion: (S, n, 6) float16, the tower's own logits for SUSPECTS; guide: what `guarded`
+    knows.
     """
 
     features: Tensor

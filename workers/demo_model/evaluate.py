@@ -1,28 +1,26 @@
-"""A model folder on held-out phantoms, through the product's own host: accuracy, tokens kept, time.
-
-python -m workers.demo_model.evaluate --model FOLDER --seeds 0-499 --method off
-"""
+"""Phantoms that no training saw, read by a model folder through the product's own host, several at a time."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from time import process_time
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from service.shared.settings import ModelSettings, PruningSettings, ReportSettings
-from workers.demo_model.accuracy import Pair, accuracy_of, table
+from service.shared.settings import PruningSettings
+from workers.demo_model.channels import SLABS as SLAB_COUNT
 from workers.demo_model.channels import ct_images, mr_images, to_slabs
-from workers.demo_model.phantom import SLABS, THICK, Modality, Phantom, Protocol, generate_mixed
-from workers.demo_model.report_text import read
-from workers.vlm import VisionLanguageModel, open_model
+from workers.demo_model.encode import guide_of
+from workers.demo_model.labels import Labels
+from workers.demo_model.phantom import SLABS, THICK, THIN, Modality, Phantom, Protocol, generate_mixed
+from workers.demo_model.pool import TOKENS_PER_SIDE
+from workers.demo_model.targets import Sign, targets_of
+from workers.guide import Guide
+from workers.vlm.host import Encoded, Host, Prepared, choose_slices, choose_tokens, guards, prune
+from workers.vlm.prompt import DroppedSlices
 
 PROTOCOLS = {
     "slabs": SLABS,  # rendered as the slabs that the model sees: quick
@@ -32,15 +30,33 @@ PROTOCOLS = {
 HELD_OUT_SEEDS = range(0, 500_000_000)  # never trained on; see pool.TRAINING_SEEDS and train_vision.held_out_examples
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """One phantom, what was said of it, and what it cost."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Study:
+    """One phantom as the worker would hand it to the model.
+
+    thin_slices: how many slices its scan at 1.25 mm has. nodules: (S, n) bool, tokens that show one; None where the
+    phantom was not rendered as slabs.
+    """
 
     seed: int
-    pair: Pair
+    images: NDArray[np.uint8]
+    guide: Guide
+    labels: Labels
+    thin_slices: int
+    nodules: NDArray[np.bool_] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was said of one study, and what it cost. survived: was a nodule's token kept as it was? None without one."""
+
+    seed: int
     text: str
+    slices_in: int
+    slices_kept: int
     tokens_in: int
     tokens_kept: int
+    survived: bool | None
     cpu_s: float
 
 
@@ -50,57 +66,79 @@ def images_of(phantom: Phantom) -> NDArray[np.uint8]:
     return ct_images(slabs) if phantom.modality is Modality.CT else mr_images(slabs)
 
 
-def readings(
-    model: VisionLanguageModel, seeds: range, protocol: Protocol, pruning: PruningSettings
-) -> Iterator[Reading]:
-    """Read phantom after phantom; a share of them is no chest CT."""
-    prompt = ReportSettings().prompt
-    for seed in seeds:
-        phantom = generate_mixed(seed, protocol)
-        images = images_of(phantom)
-        begun = process_time()
-        said = model.read(images, prompt, pruning, max_new_tokens=128)
-        pair = phantom.labels, read(said.text)
-        counts = said.counts
-        yield Reading(seed, pair, said.text, counts.tokens_in, counts.tokens_kept, process_time() - begun)
+def study_of(seed: int, protocol: Protocol) -> Study:
+    """A chest CT, or now and then something else."""
+    phantom = generate_mixed(seed, protocol)
+    length_mm = len(phantom.z_mm) * phantom.slice_mm
+    shown = targets_of(phantom, TOKENS_PER_SIDE).present[..., Sign.NODULE] > 0 if protocol is SLABS else None
+    return Study(
+        seed=seed,
+        images=images_of(phantom),
+        guide=guide_of(phantom),
+        labels=phantom.labels,
+        thin_slices=max(SLAB_COUNT, round(length_mm / (THIN.slice_mm or length_mm))),
+        nodules=shown,
+    )
 
 
-def summary(found: list[Reading]) -> str:
-    """Markdown: the accuracy, then tokens and time."""
-    kept = sum(reading.tokens_kept for reading in found) / max(1, sum(reading.tokens_in for reading in found))
-    seconds = sum(reading.cpu_s for reading in found) / max(1, len(found))
-    accuracy = table(accuracy_of([reading.pair for reading in found]))
-    return f"{accuracy}\nTokens kept: {kept:.1%}. CPU seconds per study: {seconds:.2f}.\n"
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """A study through processor and tower: every input, so that settings can share it."""
+
+    study: Study
+    prepared: Prepared
+    encoded: Encoded
+    cpu_s: float
 
 
-def main(arguments: list[str] | None = None, say: Callable[[str], Any] = sys.stdout.write) -> int:
-    parser = argparse.ArgumentParser(prog="evaluate")
-    parser.add_argument("--model", type=Path, help="without it, the bundled demonstration model")
-    parser.add_argument("--seeds", default="0-499", help="first-last")
-    parser.add_argument("--protocol", choices=sorted(PROTOCOLS), default="slabs")
-    parser.add_argument("--method", default="off")
-    parser.add_argument("--gamma", type=float)
-    parser.add_argument("--tau", type=float)
-    parser.add_argument("--out", type=Path, help="a JSON line per study")
-    options = parser.parse_args(arguments)
-    given = {name: value for name in ("gamma", "tau") if (value := getattr(options, name)) is not None}
-    pruning = PruningSettings(method=options.method, **given)
-    first, last = (int(part) for part in options.seeds.split("-"))
-    seeds = range(first, last + 1)
-    if last not in HELD_OUT_SEEDS:
-        parser.error(f"--seeds: {last} may have been trained on; choose seeds below {HELD_OUT_SEEDS.stop}")
-    model = open_model(ModelSettings(threads=1, max_new_tokens=128), options.model)
-    found = []
-    for reading in readings(model, seeds, PROTOCOLS[options.protocol], pruning):
-        found.append(reading)
-        if options.out is not None:
-            with options.out.open("a") as stream:
-                stream.write(json.dumps(asdict(reading)) + "\n")
-        if len(found) % 25 == 0:
-            say(f"{len(found)} of {len(seeds)} studies\n")
-    say(summary(found))
-    return 0
+@torch.inference_mode()
+def look(host: Host, study: Study) -> Seen:
+    begun = process_time()
+    prepared = host.prepare(study.images)
+    every = torch.ones(len(study.images), dtype=torch.bool)
+    encoded = host.encode(prepared, every, host.groups(prepared), scored=True)
+    return Seen(study, prepared, encoded, process_time() - begun)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+@torch.inference_mode()
+def read_together(
+    host: Host, seen: Sequence[Seen], prompt: str, pruning: PruningSettings, *, max_new_tokens: int = 128
+) -> list[Reading]:
+    """Prune each study as `Host.read` does, then let the language model read all of them in one batch."""
+    begun = process_time()
+    prompts, parts = [], []
+    for one in seen:
+        choice = choose_slices(one.prepared.pixels, pruning, one.study.guide)
+        kept, encoded = choice.kept, one.encoded
+        scored = pruning.method != "off" and pruning.token_stage
+        some = Encoded(
+            encoded.features[kept],
+            (),
+            encoded.received[kept] if scored and encoded.received is not None else None,
+            encoded.keys[kept] if scored and encoded.keys is not None else None,
+        )
+        known = guards(one.study.guide, pruning, choice, host.token_grid(one.prepared))
+        reduced = choose_tokens(some, pruning, known)
+        asked = host.ask(prompt, one.prepared, choice, DroppedSlices(pruning.dropped_slices))
+        prompts.append(prune(asked, host.placeholder, reduced, ()))
+        parts.append((choice, reduced))
+    said = host.decode(prompts, max_new_tokens).tokens
+    each = (process_time() - begun) / max(1, len(seen))
+    readings = []
+    for one, (choice, reduced), tokens in zip(seen, parts, said, strict=True):
+        own = np.zeros((len(choice.kept), reduced.kept.shape[1]), bool)
+        own[choice.kept.numpy()] = reduced.kept.cpu().numpy()
+        nodules = one.study.nodules
+        readings.append(
+            Reading(
+                seed=one.study.seed,
+                text=host.text_of(tokens),
+                slices_in=len(choice.kept),
+                slices_kept=int(choice.kept.sum()),
+                tokens_in=own.size,
+                tokens_kept=int(own.sum()),
+                survived=bool((own & nodules).any()) if nodules is not None and nodules.any() else None,
+                cpu_s=one.cpu_s + each,
+            )
+        )
+    return readings

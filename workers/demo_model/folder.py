@@ -12,6 +12,7 @@ from transformers import Gemma3ForConditionalGeneration, Gemma3Processor, PreTra
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.utils import logging
 
+from service.shared.messages import FindingName
 from workers.demo_model.architecture import TOKENS_PER_IMAGE, config
 from workers.demo_model.channels import BLOB_FULL_HU, LINE_PIXELS, PIXELS, SLABS, WINDOWS_HU
 from workers.demo_model.words import IMAGE_TOKENS, SPACE, SPECIAL_TOKENS, vocabulary
@@ -20,6 +21,7 @@ MARK = "medpruner.json"  # beside config.json: what kind of weights these are, a
 MARK_CONTENT: dict[str, Any] = {
     "name": "demonstration model",
     "weights": "demonstration",
+    "coded_findings": [name.value for name in FindingName],  # what it was taught to answer questions about
     "preprocessing": {
         "slabs": SLABS,
         "slab_operation": "mean",

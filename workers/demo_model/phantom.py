@@ -8,7 +8,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.demo_model.anatomy import draw_chest, with_enlarged_heart
+from workers.demo_model.anatomy import Chest, draw_chest, with_enlarged_heart
 from workers.demo_model.findings import Findings, draw_findings
 from workers.demo_model.labels import Labels, labels_of
 from workers.demo_model.other_bodies import Body, render_body
@@ -38,6 +38,7 @@ class Protocol:
     slices: int | None = None
 
 
+OTHER_SHARE = 0.15  # of held-out phantoms that are no chest CT
 THIN = Protocol(pixels=512, slice_mm=1.25)
 THICK = Protocol(pixels=512, slice_mm=5.0)
 SLABS = Protocol(pixels=120, slices=24)  # what the demonstration model sees of either
@@ -84,7 +85,7 @@ def generate(
     return scan(build(seed, protocol, body=body, modality=modality), np.random.default_rng((seed, 5)))
 
 
-def generate_mixed(seed: int, protocol: Protocol = SLABS, *, other_share: float = 0.15) -> Phantom:
+def generate_mixed(seed: int, protocol: Protocol = SLABS, *, other_share: float = OTHER_SHARE) -> Phantom:
     """A chest CT, or with probability `other_share` anything else: what held-out phantoms are drawn from."""
     body, modality = draw_kind(np.random.default_rng((seed, 11)), other_share)
     return generate(seed, protocol, body=body, modality=modality)
@@ -115,16 +116,28 @@ def build(
         grid = _grid(protocol, top, bottom, view, _offset(random))
         hu, masks = render_body(body, seed, grid)
         return Scene(seed, body, modality, grid, hu, masks, Findings(), Labels(supported=False))
-    chest = draw_chest(random)
-    if random.random() < 0.25:
-        chest = with_enlarged_heart(chest, random)
-    findings = draw_findings(chest, random, nodules=nodules)
+    chest, findings = _draw_patient(random, nodules)
     view = 2 * chest.half_width_mm * random.uniform(0.97, 1.18)
     top, bottom = chest.height_mm * random.uniform(1.01, 1.08), random.uniform(-55, -8)
     grid = _grid(protocol, top, bottom, view, _offset(random))
     hu, masks = render(chest, findings, grid, seed)
     labels = labels_of(findings) if supported else Labels(False)
     return Scene(seed, body, modality, grid, hu, masks, findings, labels, chest.height_mm)
+
+
+def labels_at(seed: int, *, other_share: float = OTHER_SHARE) -> Labels:
+    """The truth about `generate_mixed(seed)`, without rendering it."""
+    body, modality = draw_kind(np.random.default_rng((seed, 11)), other_share)
+    if body is not Body.CHEST or modality is not Modality.CT:
+        return Labels(supported=False)
+    return labels_of(_draw_patient(np.random.default_rng(seed), None)[1])
+
+
+def _draw_patient(random: np.random.Generator, nodules: int | None) -> tuple[Chest, Findings]:
+    chest = draw_chest(random)
+    if random.random() < 0.25:
+        chest = with_enlarged_heart(chest, random)
+    return chest, draw_findings(chest, random, nodules=nodules)
 
 
 def scan(scene: Scene, random: np.random.Generator) -> Phantom:

@@ -86,6 +86,14 @@ def test_the_true_answer_is_what_the_labels_say(finding: FindingName, aspect: As
     assert true_answer(asked(finding, aspect), LABELS, PLACES) == answer
 
 
+def test_of_what_is_no_chest_ct_only_that_is_taught() -> None:
+    """Every other answer is unknown."""
+    taught = {one.aspect: true_answer(one, Labels(supported=False), Places()) for one in EVERY_QUESTION}
+    assert taught.pop(Aspect.CHEST_CT) == "no"
+    assert not any(taught.values())
+    assert true_answer(EVERY_QUESTION[0], LABELS, PLACES) == "yes"
+
+
 def test_a_slab_that_is_not_shown_is_no_answer() -> None:
     """Where the slab with the finding is left out of the reading, the question is not taught."""
     question = next(one for one in questions_about([FindingName.NODULE], [1, 3]) if one.aspect is Aspect.SLICE)

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from service.shared.messages import FindingName
+from service.shared.settings import ModelSettings, PruningMethod, PruningSettings
 from workers.demo_model.assemble import assemble
-from workers.demo_model.evaluate import images_of, main
+from workers.demo_model.evaluate import images_of, look, read_together, study_of
 from workers.demo_model.folder import MARK, new_model, write_folder
 from workers.demo_model.other_bodies import Body
-from workers.demo_model.phantom import SLABS, Modality, Protocol, generate
+from workers.demo_model.phantom import SLABS, Modality, Protocol, generate, labels_at
+from workers.vlm import open_model
 
 
 @pytest.fixture(scope="module")
@@ -25,21 +28,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_host_reads_phantoms_with_the_folder(folder: Path, tmp_path: Path) -> None:
-    """One line per study, and the table of accuracy; untrained weights are wrong, not broken."""
-    said: list[str] = []
+def test_reading_together_says_what_the_host_says_alone(folder: Path) -> None:
+    """Shared tower and batches change nothing: text, slices and tokens are those of `Host.read`, by every method."""
+    host = open_model(ModelSettings(threads=1), folder)
+    studies = [study_of(seed, SLABS) for seed in (3, 4)]
+    seen = [look(host, study) for study in studies]
+    for method in PruningMethod:
+        pruning = PruningSettings(method=method, token_budget=0.3)
+        together = read_together(host, seen, "Describe this CT study.", pruning, max_new_tokens=12)
+        for study, reading in zip(studies, together, strict=True):
+            alone = host.read(study.images, "Describe this CT study.", pruning, max_new_tokens=12, guide=study.guide)
+            assert reading.text == alone.text
+            assert reading.tokens_kept == alone.counts.tokens_kept
+            assert reading.slices_kept == alone.inputs_kept.sum()
 
-    main(["--model", str(folder), "--seeds", "3-3", "--out", str(tmp_path / "out.jsonl")], said.append)
 
-    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
-    assert json.loads(line)["tokens_in"] == json.loads(line)["tokens_kept"] == 24 * 36
-    assert "| effusion |" in said[-1]
-
-
-def test_seeds_of_the_training_are_refused(folder: Path) -> None:
-    """Accuracy is of phantoms that the model never saw."""
-    with pytest.raises(SystemExit):
-        main(["--model", str(folder), "--seeds", "1000000000-1000000001"])
+def test_labels_need_no_rendering() -> None:
+    """The truth about a seed is that of the phantom drawn from it."""
+    for seed in range(12):
+        assert labels_at(seed) == study_of(seed, Protocol(24, slices=4)).labels
 
 
 def test_folder_is_small_and_says_what_it_is(folder: Path) -> None:
@@ -49,6 +56,7 @@ def test_folder_is_small_and_says_what_it_is(folder: Path) -> None:
     assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
     assert mark["weights"] == "demonstration"
     assert mark["preprocessing"]["third_channel"] == "blobs"
+    assert mark["coded_findings"] == list(FindingName)
 
 
 def test_assembled_weights_are_the_trained_ones(tmp_path: Path) -> None:
