@@ -1,7 +1,8 @@
-"""`./run demo`: the whole way on this machine, with a stand-in PACS, an example study and the report at the end."""
+"""`./run demo`: the whole way on this machine: a stand-in PACS, a real CT, a phantom with known findings, reports."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shlex
@@ -23,6 +24,8 @@ from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import from a table
 from rich.console import Console
 from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 from sqlalchemy.exc import DBAPIError
 
 from service import history
@@ -35,6 +38,7 @@ from service.web import accounts
 
 PROJECT = Path(__file__).resolve().parent.parent
 EXAMPLE = PROJECT / "tests" / "data" / "real-ct" / "body-siemens"
+PHANTOM_SEED = 19  # a nodule, an effusion and more; chosen by its findings, not by how well it is read
 FOLDER = PROJECT / "var" / "demo"
 MARK = "made-by-medpruner-demo"  # only a folder with this file in it is cleared
 LIMIT_S = 600.0
@@ -67,6 +71,25 @@ port = {pacs_port}
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Phantom:
+    """A computed CT on its way to disk, and what is in it."""
+
+    folder: Path
+    process: subprocess.Popen[bytes]
+
+    def ready(self) -> Path:
+        """The folder with the series, once it is written."""
+        if self.process.wait(timeout=LIMIT_S):
+            raise DemoFailed("the phantom could not be made; its log is beside that of the service")
+        return self.folder
+
+    @property
+    def truth(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.folder.with_name(f"{self.folder.name}.truth.json").read_text())
+        return found
+
+
 class DemoFailed(Exception):
     """The way broke off; the message says where."""
 
@@ -83,10 +106,12 @@ class StandInPacs:
 
 
 def run_demo(study: Path | None, *, stay: bool, console: Console, stop: Event) -> int:
-    """Run it and return the exit status: 0 only when a report came back to the stand-in PACS."""
-    folder = study or EXAMPLE
+    """Run it and return the exit status: 0 only when a report on each study came back to the stand-in PACS.
+
+    Without `study`: the example CT of a person, and a phantom with known findings beside it.
+    """
     _fresh_folder()
-    with _stand_in_pacs(FOLDER / "pacs") as pacs:
+    with _phantom(wanted=study is None, console=console) as phantom, _stand_in_pacs(FOLDER / "pacs") as pacs:
         port = _free_port()
         config = FOLDER / "config.toml"
         places = {"folder": FOLDER, "port": port, "pacs_port": pacs.port, "web_port": _free_port()}
@@ -94,9 +119,11 @@ def run_demo(study: Path | None, *, stay: bool, console: Console, stop: Event) -
         settings = load(config, {})
         with _service(config, console) as service:
             try:
-                _send(folder, settings, service, console)
-                story = _follow(settings, service, pacs, console, stop)
-                well = _tell(story, pacs, config, console)
+                _send(study or EXAMPLE, settings, service, console)
+                if phantom is not None:
+                    _send(phantom.ready(), settings, service, console)
+                stories = _follow(settings, service, 1 if phantom is None else 2, console, stop)
+                well = _tell(stories, pacs, phantom, config, console)
             except (DemoFailed, CannotSend) as error:
                 console.print(f"[red]{error}[/]", highlight=False)
                 console.print(f"The log of the service: {FOLDER / 'service.log'}", markup=False, highlight=False)
@@ -122,6 +149,28 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _phantom(*, wanted: bool, console: Console) -> Iterator[Phantom | None]:
+    """Have a phantom made while the service starts."""
+    if not wanted:
+        yield None
+        return
+    folder = FOLDER / "phantom"
+    command = ["-m", "workers", "phantom", "--seed", str(PHANTOM_SEED), "--out", str(folder)]
+    console.print(
+        f"[bold]0.[/] computing a chest CT with known findings: ./run phantom --seed {PHANTOM_SEED} --out {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    with (FOLDER / "phantom.log").open("wb") as stream:
+        process = subprocess.Popen([sys.executable, *command], cwd=PROJECT, stdout=stream, stderr=stream)
+    try:
+        yield Phantom(folder, process)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @contextmanager
@@ -171,7 +220,7 @@ def _service(config: Path, console: Console) -> Iterator[subprocess.Popen[bytes]
 def _send(folder: Path, settings: Settings, service: subprocess.Popen[bytes], console: Console) -> None:
     if not dicom_files(folder):
         raise CannotSend(f"{folder}: no DICOM files (Part 10, with the DICM prefix) in it")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT_S
     while not _listens(settings.scp.port):
         if service.poll() is not None or time.monotonic() > deadline:
             raise DemoFailed("the receiver did not come up")
@@ -204,28 +253,33 @@ def _listens(port: int) -> bool:
 
 
 def _follow(
-    settings: Settings, service: subprocess.Popen[bytes], pacs: StandInPacs, console: Console, stop: Event
-) -> dict[str, Any]:
-    """Print every event as it is audited, until the analysis has its end and its results are delivered."""
+    settings: Settings, service: subprocess.Popen[bytes], studies: int, console: Console, stop: Event
+) -> list[dict[str, Any]]:
+    """Print every event as it is audited, until the analysis of each study has its end and its results are delivered.
+
+    Returns the stories of the studies, in the order in which they came.
+    """
     sessions = open_sessions(open_engine(database_url(settings)))
     console.print("[bold]3.[/] what the audit records meanwhile:")
-    told, deadline = 0, time.monotonic() + LIMIT_S
+    told: dict[int, int] = {}
+    deadline = time.monotonic() + LIMIT_S
     while not stop.is_set() and time.monotonic() < deadline:
         if service.poll() is not None:
             raise DemoFailed("the service ended")
         try:
             with sessions() as session:
-                rows = history.recent(session, limit=1)
-                story = history.study_story(session, history.study_named(session, rows[0]["study_uid"])) if rows else {}
+                rows = reversed(history.recent(session, limit=studies))
+                stories = [history.study_story(session, history.study_named(session, row["study_uid"])) for row in rows]
         except DBAPIError:  # not created yet
-            story = {}
-        events = story.get("events", [])
-        for event in events[told:]:
-            detail = ", ".join(f"{key} {value}" for key, value in event["detail"].items() if "sha256" not in key)
-            console.print(f"   {event['at']:%H:%M:%S} {event['kind']:<20} {detail}", markup=False, highlight=False)
-        told = len(events)
-        if _is_over(story):
-            return story
+            stories = []
+        for number, story in enumerate(stories, 1):
+            for event in story["events"][told.get(number, 0) :]:
+                detail = ", ".join(f"{key} {value}" for key, value in event["detail"].items() if "sha256" not in key)
+                line = f"   {event['at']:%H:%M:%S} study {number}  {event['kind']:<20} {detail}"
+                console.print(line, markup=False, highlight=False)
+            told[number] = len(story["events"])
+        if len(stories) == studies and all(map(_is_over, stories)):
+            return stories
         time.sleep(0.2)
     raise DemoFailed("interrupted" if stop.is_set() else f"no report within {LIMIT_S:g} s")
 
@@ -238,18 +292,24 @@ def _is_over(story: dict[str, Any]) -> bool:
     return all(one["state"] != "pending" for one in deliveries)
 
 
-def _tell(story: dict[str, Any], pacs: StandInPacs, config: Path, console: Console) -> bool:
-    """The report as the PACS got it, and where to look further; whether there is one."""
-    received = pacs.received()
-    for analysis in story["analyses"]:
-        if analysis["state"] == "refused":
-            console.print(f"[magenta]Not analysed:[/] {analysis['reason']}", highlight=False)
-    for path in received:
-        dataset = dcmread(path)
-        if dataset.Modality == "SR":
+def _tell(
+    stories: list[dict[str, Any]], pacs: StandInPacs, phantom: Phantom | None, config: Path, console: Console
+) -> bool:
+    """The reports as the PACS got them, and where to look further; whether there is one on each study."""
+    reports = [(path, dataset) for path in pacs.received() if (dataset := dcmread(path)).Modality == "SR"]
+    well = True
+    for story in stories:
+        for analysis in story["analyses"]:
+            if analysis["state"] == "refused":
+                console.print(f"[magenta]Not analysed:[/] {analysis['reason']}", highlight=False)
+        own = [(path, found) for path, found in reports if found.StudyInstanceUID == story["study"]["study_uid"]]
+        well = well and bool(own)
+        for path, dataset in own:
             console.print(Panel(readable(dataset), title="the Structured Report, as the PACS received it"))
             console.print(f"It lies in {path}", markup=False, highlight=False, soft_wrap=True)
-    study = story["study"]["id"]
+    if phantom is not None:
+        console.print(_beside(phantom.truth["report"], stories[-1]))
+    study = stories[-1]["study"]["id"]
     relative = shlex.quote(os.path.relpath(config))
     console.print(
         f"Look further:  ./run show {study} --config {relative}\n"
@@ -259,4 +319,17 @@ def _tell(story: dict[str, Any], pacs: StandInPacs, config: Path, console: Conso
         markup=False,
         highlight=False,
     )
-    return bool(received)
+    return well
+
+
+def _beside(truth: str, story: dict[str, Any]) -> Table:
+    """What is in the phantom, and what the model wrote of it."""
+    table = Table(title=f"the phantom (seed {PHANTOM_SEED}): truth and report, not from a patient")
+    table.add_column("what was put into it")
+    table.add_column("what the model wrote")
+    said = story["analyses"][-1]["report"] or {}
+    written = "\n".join(
+        f"{section.title()}: {said[section]}" for section in ("findings", "impression") if said.get(section)
+    )
+    table.add_row(Text(truth), Text(written or "no report"))
+    return table

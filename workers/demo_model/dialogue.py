@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,11 +173,10 @@ def dialogue_loss(
     image = ids == writer.number(IMAGE_TOKENS["image_token"])
     embedded = model.get_input_embeddings()(ids)
     features = torch.cat([one.features[one.kept] for one in shown])
+    text: Any = model.config.text_config
     hidden = model.model(
         inputs_embeds=embedded.masked_scatter(image[..., None], features),
-        attention_mask=masks(
-            padded([row.branch for row in rows], -1), position, image, model.config.text_config.sliding_window
-        ),
+        attention_mask=masks(padded([row.branch for row in rows], -1), position, image, text.sliding_window),
         position_ids=position,
         use_cache=False,
     ).last_hidden_state[:, :-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ class Encoded:
     @property
     def side(self) -> int:
         """Tokens along an edge of a slab."""
-        return round(self.features.shape[1] ** 0.5)
+        return isqrt(self.features.shape[1])
 
 
 def encode_example(eyes: Eyes, example: Example) -> Encoded:

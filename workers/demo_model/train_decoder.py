@@ -43,16 +43,16 @@ class DecoderPlan:
     seed: int = 0
     steps: int = 1600
     minutes: float = float("inf")
-    short: float = 0.35
+    short: float = 0.3
     reports: int = 16  # per step and process at most
     questions: int = 7  # after each report at most
-    tokens: int = 4500  # of all readings of a step and process together
+    tokens: int = 3000  # of all readings of a step and process together
     fresh: int = 1  # studies encoded per step and process
     kept: int = 2000  # encoded studies in memory per process
-    first: int = 60
+    first: int = 24
     rate: float = 1.5e-3
     decay_from: float = 0.5
-    held_out: int = 60  # studies to watch the training by
+    held_out: int = 24  # studies to watch the training by
 
 
 @torch.no_grad()
@@ -105,9 +105,10 @@ def model_with(eyes: Eyes, seed: int, start: Path | None = None) -> Gemma3ForCon
 def take_over(model: Gemma3ForConditionalGeneration, folder: Path) -> None:
     """The language model of a model folder, whose words may be others: rows of the embedding go by their word."""
     old = Gemma3ForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    words = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()  # type: ignore[no-untyped-call]
+    words = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab()
     states = old.model.language_model.state_dict()
-    before, after = states.pop("embed_tokens.weight"), model.get_input_embeddings().weight
+    embedding: Any = model.get_input_embeddings()
+    before, after = states.pop("embed_tokens.weight"), embedding.weight
     for word, number in tokenizer().get_vocab().items():
         source = words.get(word, words.get(SPACE + word))
         if source is not None:
