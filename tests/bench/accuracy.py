@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from service.shared.settings import ModelSettings, PruningMethod, PruningSettings, ReportSettings
 from workers.demo_model.accuracy import SMALLEST_CLAIMED_MM, Accuracy, Pair, Rate, accuracy_of, table
+from workers.demo_model.assemble import WEIGHTS
 from workers.demo_model.evaluate import HELD_OUT_SEEDS, PROTOCOLS, Reading, Study, look, read_together, study_of
+from workers.demo_model.folder import MARK
 from workers.demo_model.labels import Labels
 from workers.demo_model.phantom import labels_at
 from workers.demo_model.report_text import read
@@ -234,6 +236,20 @@ def survivors(found: Sequence[Reading], truths: dict[int, Labels]) -> list[Rate]
     return result
 
 
+def measured(accuracy: Accuracy, seeds: range) -> dict[str, Any]:
+    """What a report may quote of the weights: rates with their 95 % intervals, unpruned."""
+
+    def rate(found: Rate) -> list[float]:
+        return [round(value, 3) for value in (found.value, *found.interval)]
+
+    return {
+        "on": f"{accuracy.studies} computed phantoms, seeds {seeds.start} to {seeds.stop - 1}, unpruned",
+        "sensitivity": {name: rate(found.sensitivity) for name, found in accuracy.detections.items()},
+        "precision": {name: rate(found.precision) for name, found in accuracy.detections.items()},
+        "sensitivity_by_nodule_diameter": {name: rate(found) for name, found in accuracy.sensitivity_by_size.items()},
+    }
+
+
 def plot(rows: Sequence[tuple[str, float, Accuracy]], path: Path, title: str) -> None:
     """F1 per finding over the share of tokens kept."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -271,9 +287,14 @@ def main(arguments: list[str] | None = None, say: Callable[[str], Any] = sys.std
     parser.add_argument("--studies", type=Path, help="real studies instead of phantoms, a folder each")
     parser.add_argument("--labels", type=Path, help="what is known of them, JSON")
     parser.add_argument("--out", type=Path, default=OUT, help="where answers, table and plot go (default %(default)s)")
+    parser.add_argument(
+        "--record", action="store_true", help="write the unpruned rates into the weights' medpruner.json"
+    )
     options = parser.parse_args(arguments)
     settings = settings_of(options.methods.split(","), options.gamma, options.tau, options.budget)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.record and settings[0].pruning.method is not PruningMethod.OFF:
+        parser.error("--record records unpruned rates: --methods must begin with off")
     if (options.studies is None) != (options.labels is None):
         parser.error("--studies and --labels belong together")
     if options.studies is not None:
@@ -294,6 +315,10 @@ def main(arguments: list[str] | None = None, say: Callable[[str], Any] = sys.std
     run(host, seeds, settings, options.protocol, answers, say)
     text, rows = report(answers, seeds, settings, {seed: labels_at(seed) for seed in seeds})
     (options.out / "table.md").write_text(text)
+    if options.record:
+        mark = (options.model or WEIGHTS) / MARK
+        known = json.loads(mark.read_text())
+        mark.write_text(json.dumps(known | {"measured": measured(rows[0][2], seeds)}, indent=2) + "\n")
     plot(rows, options.out / "plot.png", f"{len(seeds)} phantoms, seeds {options.seeds}")
     say(text + f"\nWritten: {options.out / 'table.md'}, {options.out / 'plot.png'}\n")
     return 0

@@ -15,7 +15,7 @@ from tests.bench.real_studies import compare, references, rouge_l
 from tests.running import PROJECT
 from workers.demo_model.anatomy import Side
 from workers.demo_model.findings import Extent
-from workers.demo_model.folder import new_model, write_folder
+from workers.demo_model.folder import MARK, new_model, write_folder
 from workers.demo_model.labels import EffusionLabel, Labels
 
 WET = Labels(effusion=EffusionLabel((Side.LEFT,), Extent.SMALL))
@@ -76,13 +76,26 @@ def test_an_unknown_finding_is_named(tmp_path: Path) -> None:
 def test_phantoms_are_read_and_a_second_run_reads_none_again(folder: Path, tmp_path: Path) -> None:
     """Table and plot are written; every answer is kept, so that a stopped run goes on."""
     said: list[str] = []
-    arguments = ["--model", str(folder), "--seeds", "3-4", "--methods", "off,guarded", "--out", str(tmp_path)]
+    arguments = [
+        "--model",
+        str(folder),
+        "--seeds",
+        "3-4",
+        "--methods",
+        "off,guarded",
+        "--record",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(arguments, said.append) == 0
     stored = (tmp_path / "answers-slabs.jsonl").read_text()
     assert main(arguments, said.append) == 0
     assert (tmp_path / "answers-slabs.jsonl").read_text() == stored
     assert len(stored.splitlines()) == 4
     assert "| guarded budget 0.5 tau 0.9 | effusion |" in (tmp_path / "table.md").read_text()
+    recorded = json.loads((folder / MARK).read_text())["measured"]
+    assert recorded["on"].startswith("2 computed phantoms")
+    assert set(recorded["sensitivity"]) == set(recorded["precision"]) >= {"effusion", "not supported"}
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

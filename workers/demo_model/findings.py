@@ -166,15 +166,15 @@ def _draw_consolidation(chest: Chest, random: np.random.Generator, taken: set[Si
 
 
 def draw_calcifications(chest: Chest, random: np.random.Generator) -> tuple[Calcification, ...]:
-    """Two to five plaques in the wall of the descending aorta and the arch."""
+    """Two to five plaques in the wall of the descending aorta, large enough to show in a slab of 11 mm."""
     plaques = []
     for _ in range(int(random.integers(2, 6))):
         angle, share = random.uniform(0, 2 * np.pi), random.uniform(0.15, 0.74)
         x, y = descending_aorta_mm(chest)
-        radius = chest.aorta_radius_mm
+        radius = chest.aorta_radius_mm - 1.5
         dx, dy = radius * float(np.cos(angle)), radius * float(np.sin(angle))
         centre = (x + dx, y + dy, share * chest.height_mm)
-        plaques.append(Calcification(centre, random.uniform(4.5, 8), random.uniform(600, 1100)))
+        plaques.append(Calcification(centre, random.uniform(8, 13), random.uniform(700, 1200)))
     return tuple(plaques)
 
 

@@ -94,11 +94,16 @@ def model_with(eyes: Eyes, seed: int, start: Path | None = None) -> Gemma3ForCon
     model = new_model(seed)
     if start is not None:
         take_over(model, start)
+    see_with(model, eyes)
+    return model
+
+
+def see_with(model: Gemma3ForConditionalGeneration, eyes: Eyes) -> None:
+    """Give the model this tower and projector, and hold them still."""
     model.model.vision_tower.load_state_dict(eyes.tower.state_dict())
     model.model.multi_modal_projector.load_state_dict(eyes.projector.state_dict())
     for part in (model.model.vision_tower, model.model.multi_modal_projector):
         part.requires_grad_(False)
-    return model
 
 
 @torch.no_grad()
@@ -138,6 +143,7 @@ def train_decoder(
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
+        see_with(model, eyes)  # the tower may have learned on since
         optimisers.load_state_dict(state["optimisers"])
         begin, seconds = state["step"], state["cpu_seconds"]
     schedule = Schedule(plan.steps, plan.decay_from, plan.minutes * 60)
