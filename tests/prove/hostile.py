@@ -237,10 +237,10 @@ def hold(port: int, conversation: Conversation) -> Answers:
             is_over = False
         except OSError:
             pass
-    return Answers(tuple(_stored(received)), is_over)
+    return Answers(tuple(stored_in(received)), is_over)
 
 
-def _stored(received: bytes) -> Iterator[tuple[int, str]]:
+def stored_in(received: bytes) -> Iterator[tuple[int, str]]:
     command = b""
     for pdu_type, content in _pdus(received):
         place = 0

@@ -69,7 +69,7 @@ class Load:
         self.ledger = Ledger()
         self._port = port
         self._pause_s = pause_s
-        self._may_begin = may_begin
+        self.may_begin = may_begin
         self._slices = slices
         self._numbers = itertools.count(seed * 1_000_000)
         self._stop = Event()
@@ -104,7 +104,7 @@ class Load:
     def _send_for_ever(self, ae_title: str, chance: random.Random) -> None:
         try:
             while not self._stop.is_set():
-                if not self._may_begin():
+                if not self.may_begin():
                     self._stop.wait(AGAIN_S)
                     continue
                 number = next(self._numbers)
