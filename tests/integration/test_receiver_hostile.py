@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from structlog.testing import capture_logs
 
-from service.acceptor import Acceptor, Limits, Peer, Refusal, StoreRequest
+from service.acceptor import Acceptor, EventReport, Limits, Peer, Refusal, StoreRequest
 from service.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from tests.prove.hostile import Crowd, asked_for_association, fuzz, hold
 from tests.prove.mutation import association, converse
@@ -445,6 +445,12 @@ class Blocked:
 
     def transfer_syntaxes(self, abstract_syntax: Any, proposed: Any) -> list[Any]:
         return list(proposed)
+
+    def may(self, peer: Peer, abstract_syntax: Any, as_provider: bool) -> bool:
+        return True
+
+    def event_report(self, peer: Peer, report: EventReport) -> int:
+        return 0x0110
 
     def store(self, peer: Peer, request: StoreRequest) -> int:
         self.go.wait()

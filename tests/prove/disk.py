@@ -103,6 +103,7 @@ class Write(Effect):
 class Name(Effect):
     """A name in a folder appears (target) or goes (None)."""
 
+    folder: str = ""
     name: str = ""
     target: int | None = None
     only_after: Name | None = None  # the end of an old name never survives without the new one
@@ -250,14 +251,15 @@ class Disk:
 
     def _add_name(self, number: int, path: str, target: int) -> Name:
         folder, _, name = path.rpartition("/")
-        effect = Name(number, name=name, target=target)
+        effect = Name(number, folder=folder, name=name, target=target)
         self._folders[self._current[folder]].append(effect)
         self._current[path] = target
         return effect
 
     def _remove_name(self, number: int, path: str, only_after: Name | None = None) -> None:
         folder, _, name = path.rpartition("/")
-        self._folders[self._current[folder]].append(Name(number, name=name, target=None, only_after=only_after))
+        ends = Name(number, folder=folder, name=name, only_after=only_after)
+        self._folders[self._current[folder]].append(ends)
         self._current.pop(path, None)
 
     # --- after a power cut ---

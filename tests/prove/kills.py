@@ -31,6 +31,7 @@ from sqlalchemy.exc import DBAPIError
 
 from service.shared.db import Analysis, AnalysisState, Delivery, DeliveryState, Study, StudyState
 from service.shared.settings import spool_folder
+from service.spool import waiting
 from tests.prove.invariants import all_broken, is_at_rest, lost_instances, unfinished
 from tests.prove.load import A_ASSOCIATE_AC, Load, read_pdu
 from tests.receiving import association_request
@@ -59,7 +60,7 @@ TARGETS = {
     "backend": 3,
 }
 STEPS = {  # the system calls by which each changes something that others see
-    "receive": "fsync,fdatasync,rename,link,linkat,mkdir,unlink,write,sendto,ftruncate",
+    "receive": "fsync,fdatasync,rename,link,linkat,mkdir,unlink,write,pwrite64,sendto",
     "ingest": "fsync,fdatasync,rename,unlink,pwrite64,sendto",
     "dispatch": "fsync,fdatasync,pwrite64,sendto",
     "deliver": "fsync,fdatasync,rename,mkdir,pwrite64,sendto",
@@ -314,7 +315,7 @@ class Matrix:
         everything = target in ("serve", "postgres", "backend")
         try:
             if target == "ingest" or everything:
-                found |= {("receipt", name) for name in os.listdir(spool_folder(self._service.settings) / "incoming")}
+                found |= {("incoming", path.name) for path in waiting(spool_folder(self._service.settings))}
             with self._service.sessions() as session:
                 if target == "dispatch" or everything:
                     complete = (Study.state == StudyState.COMPLETE) & (Study.dispatched_revision < Study.revision)

@@ -40,6 +40,7 @@ from tests.running import DIES_WITH_US, PROJECT, listens
 from tests.servers import find_program, free_port, wait_for
 
 SLICES = 4
+AT_A_MOMENT = 14  # states at least
 CONFIGURATION = """\
 [data]
 path = "{folder}/data"
@@ -106,9 +107,9 @@ def record(folder: Path, instances: int, seed: int) -> Recording:
             senders.start()
             wait_for(lambda: senders.ledger.finished >= studies, "all studies are sent", 300, 0.1)
             senders.stop()
-            wait_for(lambda: _rows(sessions) >= len(senders.ledger.acknowledged), "all instances have rows", 120, 0.2)
+            wait_for(lambda: _rows(sessions) >= len(senders.ledger.acknowledged), "all instances have rows", 300, 0.2)
             # ingest removes the names of what has its row
-            wait_for(lambda: not Spool(spool_folder(settings), 0).incoming(), "nothing waits for ingest", 60, 0.2)
+            wait_for(lambda: not Spool(spool_folder(settings), 0).incoming(), "nothing waits for ingest", 300, 0.2)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -140,7 +141,7 @@ class PowerCuts:
     def run(self, states: int, tell: Callable[[str], None] = lambda _: None) -> Outcome:
         """As many states as asked for, spread evenly over all moments."""
         changing = self._count_changes()
-        per_moment = max(1.0, states / max(1, changing))
+        per_moment = states / max(1, changing)
         disk = Disk(self._recording.root)
         acknowledged: dict[Key, str] = {}
         allowance = 0.0
@@ -152,7 +153,9 @@ class PowerCuts:
                 continue
             self.outcome.calls += 1
             allowance += per_moment
-            for name, survives, keep in self._choices(disk.pending(), int(allowance)):
+            if allowance < AT_A_MOMENT and self.outcome.calls < changing:
+                continue
+            for name, survives, keep in self._choices(disk.pending(), max(AT_A_MOMENT, int(allowance))):
                 allowance -= 1
                 self._try(disk, f"after call {number} ({call.name}), {name}", survives, keep, acknowledged)
                 if self.outcome.states % 500 == 0:
@@ -182,17 +185,16 @@ class PowerCuts:
             ("contents are left, names not", lambda one: isinstance(one, Write), Keep.ALL),
             ("half of every unflushed write is left", lambda _: True, Keep.HALF),
         ]
-        singles = list(pending)
-        self._chance.shuffle(singles)
-        for lost in singles[: max(0, number // 2)]:
+        folders = sorted({one.folder for one in pending if isinstance(one, Name)})
+        for folder in self._chance.sample(folders, min(3, len(folders))):
+            everything.append((f"only names in {folder} are left", _in_folder(folder), Keep.ALL))
+            everything.append((f"all but names in {folder} is left", _not_in_folder(folder), Keep.ALL))
+        for lost in self._chance.sample(pending, min(len(pending), max(1, (number - len(everything)) // 4))):
             everything.append((f"all but one piece is left ({lost})", _all_but(lost), Keep.ALL))
             everything.append((f"one piece is left ({lost})", _only(lost), Keep.ALL))
         while len(everything) < number:
             left = {id(one) for one in pending if self._chance.random() < self._chance.choice([0.2, 0.5, 0.8])}
             everything.append(("a random part is left", _among(left), self._chance.choice(list(Keep))))
-        if number < len(everything):
-            # few are asked for: each kind has its turn
-            everything = self._chance.sample(everything, number)
         yield from everything
 
     def _try(
@@ -244,6 +246,14 @@ class PowerCuts:
             if digest != self._recording.acknowledged[key]:
                 yield f"instance {key[1]} is on record with bytes that were never sent"
         yield from lost_instances(believed, sessions, spool)
+
+
+def _in_folder(folder: str) -> Callable[[Effect], bool]:
+    return lambda one: isinstance(one, Write) or (isinstance(one, Name) and one.folder == folder)
+
+
+def _not_in_folder(folder: str) -> Callable[[Effect], bool]:
+    return lambda one: not (isinstance(one, Name) and one.folder == folder)
 
 
 def _all_but(lost: Effect) -> Callable[[Effect], bool]:
