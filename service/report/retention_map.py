@@ -196,13 +196,14 @@ def paint(grey: NDArray[np.uint8], covers: NDArray[np.uint8], said: str, given: 
 def _palette() -> NDArray[np.uint8]:
     """(5, 256, 3): the colour of a grey level under each Cover."""
     grey = np.arange(256)
-    dark = grey // _STEP * _STEP * 0.4
+    dark = np.zeros((256, 3))
+    dark[:, 0] = grey // _STEP * _STEP * 0.4  # in one channel alone: the two others compress to nothing
     palette = np.zeros((len(Cover), 256, 3))
     palette[Cover.KEPT] = grey[:, None]
     # Tints begin above black, so that a patch of air tells its state too
-    palette[Cover.MERGED] = (grey // 8 * 8)[:, None] * np.array([0.45, 0.6, 0.75]) + np.array([0, 0, 40])
+    palette[Cover.MERGED] = dark[:, ::-1] + np.array([20, 60, 100])
     for cover_ in (Cover.DROPPED, Cover.NOT_SHOWN, Cover.OUTSIDE):
-        palette[cover_] = dark[:, None] + np.array([36, 12, 12])
+        palette[cover_] = dark + np.array([36, 12, 12])
     return np.rint(palette).astype(np.uint8)
 
 

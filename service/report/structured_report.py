@@ -166,9 +166,14 @@ def _model_input(
         qualitative_evaluations=evaluations,
         source_images=[
             SourceImageForMeasurementGroup(instance.sop_class_uid, instance.sop_instance_uid, frames)
-            for instance, frames in kept
+            for instance, frames in _first_of_each_series(kept)
         ],
     )
+
+
+def _first_of_each_series(images: list[Image]) -> list[Image]:
+    """Where a viewer opens the images. All of them stand in the Image Library, once: again here, they would double it."""
+    return [next(members) for _, members in groupby(images, key=lambda image: image[0].series_uid)]
 
 
 def _algorithm(output: AnalysisOutput) -> AlgorithmIdentification:
