@@ -200,7 +200,7 @@ def _due(session: Session, destination: DestinationSettings, now: datetime, shar
 
 def _instead(session: Session, destination: DestinationSettings, result: Result) -> tuple[Result, ...]:
     """The same report in the classes that the destination may be sent instead, best first."""
-    kinds = [f"sr-{one.value}" for one in destination.sr_sop_classes]
+    kinds = [destination.kind_of_report(one) for one in destination.sr_sop_classes]
     if result.kind not in kinds[:-1]:
         return ()
     later = kinds[kinds.index(result.kind) + 1 :]
@@ -342,6 +342,9 @@ def _store(association: Association, destination: DestinationSettings, data: Pat
         return Answer(Verdict.AGAIN, None, f"stored result cannot be read: {error.strerror}")
     if not intact:
         return Answer(Verdict.REFUSED, None, "the stored result does not match its recorded SHA-256; not sent")
+    misfit = _other_charset(file, destination)
+    if misfit is not None:
+        return Answer(Verdict.REFUSED, None, misfit)
     as_stored = syntax == _transfer_syntax(file)
     try:
         status = association.send_c_store(file if as_stored else _encoded(file, syntax))
@@ -354,6 +357,20 @@ def _store(association: Association, destination: DestinationSettings, data: Pat
         notes.append(f"sent as {UID(result.sop_class_uid).name}, which the destination takes")
     answer = judge(int(status.Status))
     return replace(answer, reason="; ".join(filter(None, (answer.reason, *notes))) or None, sent=result)
+
+
+def _other_charset(file: Path, destination: DestinationSettings) -> str | None:
+    """Why the destination does not get this result: it is in a character set that it does not take."""
+    declared = dcmread(file, specific_tags=["SpecificCharacterSet"], stop_before_pixels=True).get(
+        "SpecificCharacterSet"
+    )
+    written = declared if isinstance(declared, str) else "\\".join(declared or [])
+    if written in ("", destination.charset):
+        return None
+    return (
+        f"not sent: its text does not fit {destination.charset}, or [[destination]] {destination.name} charset "
+        f"was another one when it was built; `show` names the attributes, `requeue --again` builds it anew"
+    )
 
 
 def _encoded(file: Path, syntax: str) -> Dataset:

@@ -5,9 +5,9 @@ Results are built once, gated, stored with their digest, and only then named in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event, Thread
@@ -20,12 +20,14 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.report import gate
+from service.report.charset import DoesNotFit, recoded
+from service.report.encapsulated import build_pdf, key_places
 from service.report.encoding import encode
 from service.report.header import device_uid
-from service.report.identity import PriorDocument, RunIdentity
+from service.report.identity import PriorDocument, RelatedObject, RunIdentity
 from service.report.key_objects import build_key_objects
 from service.report.parametric_map import build_parametric_map
-from service.report.pixels import PixelLimits, read_frames
+from service.report.pixels import DecodedOnce, PixelLimits
 from service.report.retention_map import build_secondary_capture, wanted_frames
 from service.report.segmentation import build_segmentation
 from service.report.source import SourceStudy, read_source
@@ -38,7 +40,9 @@ from service.shared.inputs import inputs_of
 from service.shared.log import explain_exception
 from service.shared.messages import AnalysisOutput, RetentionArrays, load_output
 from service.shared.settings import (
+    UTF_8,
     Companion,
+    DestinationSettings,
     ReportSettings,
     RouteSettings,
     Settings,
@@ -49,6 +53,7 @@ from service.shared.settings import (
 )
 
 ACTOR = "service/results"
+REPORT = "sr-"  # how the kind of a report begins; companions have the names of the configuration
 TRY_AGAIN = timedelta(seconds=60)  # after a fault in building; the analysis stays `read` meanwhile
 
 log = structlog.get_logger(__name__)
@@ -116,10 +121,17 @@ def build(settings: Settings, sessions: sessionmaker[Session], analysis_id: int)
     output, arrays = load_output(settings.data.path / analysis.output_path, analysis.output_sha256)
     source = read_source(paths, default_charset=settings.report.default_charset)
     run = _run(analysis, study, output, predecessors)
-    results = [
-        (_store(settings.data.path, made, analysis, output, source), made.destinations)
-        for made in objects(settings, analysis.route, output, arrays, source, run)
-    ]
+    stored: dict[str, tuple[Result, list[str]]] = {}  # by SOP Instance UID
+    for made in objects(settings, analysis.route, output, arrays, source, run):
+        before = stored.get(str(made.dataset.SOPInstanceUID))
+        if before is None:
+            result = _store(settings.data.path, made, analysis, output, source)
+            stored[result.sop_instance_uid] = (result, list(made.destinations))
+        else:  # the same bytes: a text that does not fit goes on record with what others get
+            before[0].gate.extend(_said_of(made))
+            before[1].extend(made.destinations)
+    # What people read goes first: no report waits behind a large map
+    results = sorted(stored.values(), key=lambda one: not one[0].kind.startswith(REPORT))
     with sessions.begin() as session:
         done = transitions.finish_analysis(session, analysis, results, now=datetime.now(UTC), actor=ACTOR)
     if not done:
@@ -139,6 +151,9 @@ class Made:
     dataset: Dataset
     transfer_syntax_uid: UID
     destinations: list[str]
+    related: tuple[RelatedObject, ...] = ()  # what it refers to beside the analysed instances
+    charset: str = UTF_8
+    misfit: str | None = None  # why these destinations get nothing: fit for the audit
 
 
 def objects(
@@ -149,24 +164,55 @@ def objects(
     source: SourceStudy,
     run: RunIdentity,
 ) -> Iterator[Made]:
-    """Everything the route asks for: a report of each class that its destinations take, then its companions."""
+    """Everything the route asks for: its companions, and a report of each class that its destinations take.
+
+    For a destination that takes no UTF-8 each is written once more in its character set. What does not fit goes on
+    record as UTF-8 for that destination too, and delivery refuses it: nobody gets a text that was changed.
+    """
     route = _route(settings, route_name)
     destinations = route_destinations(settings, route) if route else ()
-    by_class: dict[SrSopClass, list[str]] = {}
+    companions = list(_companions(route.companions, output, arrays, source, settings.report, run)) if route else []
+    by_charset: dict[str, list[DestinationSettings]] = {}
     for destination in destinations:
-        first, *instead = destination.sr_sop_classes
-        by_class.setdefault(first, []).append(destination.name)
-        for sop_class in instead:  # built, and sent only where the first is not taken (delivery.py)
-            by_class.setdefault(sop_class, [])
-    for sop_class, names in (by_class or {SrSopClass.COMPREHENSIVE_3D: []}).items():
-        dataset = _report(output, source, settings.report, sop_class, run)
-        yield Made(f"sr-{sop_class.value}", dataset, ExplicitVRLittleEndian, names)
-    everywhere = [destination.name for destination in destinations]
-    for companion in route.companions if route else ():
-        try:
-            yield _companion(companion, output, arrays, source, settings.report, run, everywhere)
-        except ValueError as error:  # no place to draw on; the report says the same in words
-            log.warning("companion_left_out", kind=companion.value, reason=type(error).__name__)
+        by_charset.setdefault(destination.charset, []).append(destination)
+    for charset, group in (by_charset or {UTF_8: []}).items():
+        names = [destination.name for destination in group]
+        related = []
+        for companion in companions:
+            made = _in_charset(replace(companion, destinations=names), charset, run)
+            if made.misfit is None:
+                related.append(_as_related(made))
+            yield made
+        by_class: dict[SrSopClass, list[str]] = {}
+        for destination in group:
+            first, *instead = destination.sr_sop_classes
+            by_class.setdefault(first, []).append(destination.name)
+            for sop_class in instead:  # built, and sent only where the first is not taken (delivery.py)
+                by_class.setdefault(sop_class, [])
+        for sop_class, takers in (by_class or {SrSopClass.COMPREHENSIVE_3D: []}).items():
+            report = _report(output, source, settings.report, sop_class, run, related)
+            made = Made(f"{REPORT}{sop_class.value}", report, ExplicitVRLittleEndian, takers, tuple(related))
+            made = _in_charset(made, charset, run)
+            yield replace(made, kind=group[0].kind_of_report(sop_class)) if made.charset != UTF_8 else made
+
+
+def _in_charset(made: Made, charset: str, run: RunIdentity) -> Made:
+    """The same result in the character set of its destinations; as it is, with the reason, where it does not fit."""
+    if charset == UTF_8:
+        return made
+    try:
+        dataset = recoded(
+            made.dataset, charset, made.kind, *run.analysis_key, transfer_syntax_uid=made.transfer_syntax_uid
+        )
+    except DoesNotFit as error:
+        log.warning("charset_misfit", kind=made.kind, destinations=made.destinations, reason=str(error))
+        return replace(made, misfit=str(error))
+    return replace(made, dataset=dataset, charset=charset)
+
+
+def _as_related(made: Made) -> RelatedObject:
+    uids = (made.dataset.SOPClassUID, made.dataset.SOPInstanceUID, made.dataset.SeriesInstanceUID)
+    return RelatedObject(Companion(made.kind), *(str(uid) for uid in uids))
 
 
 def _route(settings: Settings, name: str) -> RouteSettings | None:
@@ -179,52 +225,62 @@ def _route(settings: Settings, name: str) -> RouteSettings | None:
 
 
 def _report(
-    output: AnalysisOutput, source: SourceStudy, settings: ReportSettings, sop_class: SrSopClass, run: RunIdentity
+    output: AnalysisOutput,
+    source: SourceStudy,
+    settings: ReportSettings,
+    sop_class: SrSopClass,
+    run: RunIdentity,
+    related: Sequence[RelatedObject],
 ) -> Dataset:
     if sop_class is SrSopClass.BASIC_TEXT:
-        return build_text_report(output, source, settings, run=run)
-    return build_sr(output, source, settings, sop_class, run=run)
+        return build_text_report(output, source, settings, run=run, related=related)
+    return build_sr(output, source, settings, sop_class, run=run, related=related)
 
 
-def _companion(
-    companion: Companion,
+def _companions(
+    wanted: Sequence[Companion],
     output: AnalysisOutput,
     arrays: RetentionArrays,
     source: SourceStudy,
     settings: ReportSettings,
     run: RunIdentity,
-    destinations: list[str],
-) -> Made:
-    if companion is Companion.KOS:
-        dataset = build_key_objects(output, source, settings, run=run)
-        return Made(companion.value, dataset, ExplicitVRLittleEndian, destinations)
-    frames = read_frames(wanted_frames(output, source), PixelLimits())
-    if companion is Companion.SC:
-        dataset = build_secondary_capture(output, arrays, source, frames, settings, run=run)
-        return Made(companion.value, dataset, RLELossless, destinations)
-    placed = list(frames)
-    if companion is Companion.PM:
-        dataset = build_parametric_map(output, arrays, source, placed, settings, run=run)
-        return Made(companion.value, dataset, ExplicitVRLittleEndian, destinations)
-    shapes = {frame.grey.shape for frame in placed if frame.grey is not None}
-    if len(shapes) != 1:
-        raise ValueError("no slice could be decoded, or they differ in size")
-    rows, columns = shapes.pop()
-    dataset = build_segmentation(output, arrays, source, placed, (rows, columns), settings, run=run)
-    return Made(companion.value, dataset, ExplicitVRLittleEndian, destinations)
+) -> Iterator[Made]:
+    """What stands beside the report, without destinations; pixels are decoded once for all of it."""
+    slices = wanted_frames(output, source)
+    frames = DecodedOnce(slices, PixelLimits(), keep=key_places(slices) if Companion.PDF in wanted else ())
+    # The Secondary Capture first, whatever the order in the configuration: it alone looks at the pixels of all slices
+    for companion in sorted(wanted, key=list(Companion).index):
+        try:
+            match companion:
+                case Companion.SC:
+                    dataset = build_secondary_capture(output, arrays, source, frames, settings, run=run)
+                case Companion.SEG:
+                    dataset = build_segmentation(output, arrays, source, frames.placed, frames.shape, settings, run=run)
+                case Companion.PM:
+                    dataset = build_parametric_map(output, arrays, source, frames.placed, settings, run=run)
+                case Companion.PDF:
+                    dataset = build_pdf(output, arrays, source, frames.kept, settings, run=run)
+                case Companion.KOS:
+                    dataset = build_key_objects(output, source, settings, run=run)
+        except ValueError as error:  # no place to draw on; the report says the same in words
+            log.warning("companion_left_out", kind=companion.value, reason=type(error).__name__)
+            continue
+        syntax = RLELossless if companion is Companion.SC else ExplicitVRLittleEndian
+        yield Made(companion.value, dataset, syntax, [])
 
 
 def _store(data: Path, made: Made, analysis: Analysis, output: AnalysisOutput, source: SourceStudy) -> Result:
     """Gate one object and make it durable in the outbox under its digest."""
     content = encode(made.dataset, made.transfer_syntax_uid)
+    known = {one.sop_instance_uid for one in source.instances}
     findings = gate.check(
         content,
         evidence={
-            one.sop_instance_uid
-            for one in output.retention.sources
-            if source.instance(one.sop_instance_uid) is not None
+            *(one.sop_instance_uid for one in output.retention.sources if one.sop_instance_uid in known),
+            *(one.sop_instance_uid for one in made.related),
         },
         verbatim=source.uids,
+        charset=made.charset,
     )
     sha256 = digest(content)
     path = data / "outbox" / sha256[:2] / f"{sha256}.dcm"
@@ -242,8 +298,12 @@ def _store(data: Path, made: Made, analysis: Analysis, output: AnalysisOutput, s
         sha256=sha256,
         size_bytes=len(content),
         created_at=datetime.now(UTC),
-        gate=[f"{one.severity}: {one.checker}: {one.text}" for one in findings],
+        gate=[*map(str, findings), *_said_of(made)],
     )
+
+
+def _said_of(made: Made) -> list[str]:
+    return [] if made.misfit is None else [f"warning: charset: {made.misfit}; not for {', '.join(made.destinations)}"]
 
 
 def _run(
@@ -277,5 +337,5 @@ def _predecessors(session: Session, analysis: Analysis, study: Study) -> tuple[P
     return tuple(
         PriorDocument(one.sop_class_uid, one.sop_instance_uid, one.series_uid, study.study_uid)
         for one in earlier
-        if one.kind.startswith("sr-")
+        if one.kind.startswith(REPORT)
     )

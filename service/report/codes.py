@@ -8,6 +8,7 @@ from __future__ import annotations
 from pydicom.sr.coding import Code
 
 from service.shared.messages import FindingName, Flag
+from service.shared.settings import Companion
 
 SCHEME = "99MEDPRUNER"
 SCHEME_NAME = "medpruner-pacs private codes"
@@ -212,5 +213,14 @@ CAUTIONS: dict[Flag, Code] = {
     Flag.GANTRY_TILT: _private("MP-108", "Gantry tilt not corrected"),
     Flag.REPETITION: _private("MP-109", "Repetitive text cut"),
     Flag.REFUSED: _private("MP-110", "Model declined to report"),
+    Flag.NOT_ANALYSED: _private("MP-111", "Not analysed"),
+}
+# Other results of the same run, as a report refers to them
+COMPANIONS: dict[Companion, Code] = {
+    Companion.SC: _private("MP-131", "Map of what the model was shown"),
+    Companion.SEG: _private("MP-132", "Mask of what the model was shown"),
+    Companion.PM: _private("MP-133", "Map of attention received"),
+    Companion.PDF: _private("MP-134", "Printed report"),
+    Companion.KOS: _private("MP-135", "Selection of the images that the model was shown"),
 }
 INSTANCES_NOT_LISTED = _private("MP-120", "Instances without readable header")

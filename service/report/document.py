@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
-from highdicom.sr import DeviceObserverIdentifyingAttributes, ObservationContext, ObserverContext
+from highdicom.sr import (
+    CompositeContentItem,
+    ContentItem,
+    DeviceObserverIdentifyingAttributes,
+    ImageContentItem,
+    ObservationContext,
+    ObserverContext,
+    RelationshipTypeValues,
+)
 from highdicom.sr.coding import CodedConcept
 from pydicom.dataset import Dataset
 
 from service.report import codes
 from service.report.encoding import name_by_content
 from service.report.header import clipped, common_header, copy_into, device_uid, private_scheme
-from service.report.identity import PriorDocument, RunIdentity
+from service.report.identity import PriorDocument, RelatedObject, RunIdentity
 from service.report.source import Checked, SourceInstance, SourceStudy
 from service.shared.messages import AnalysisOutput, Flag, SourceState
 from service.shared.messages import SourceInstance as RetainedInstance
-from service.shared.settings import ReportSettings
+from service.shared.settings import Companion, ReportSettings
 
 Image = tuple[SourceInstance, list[int] | None]  # frame numbers, 1-based, of a multi-frame instance
 # The text or the images it rests on are not all there (PS3.3 C.17.2.1, Completion Flag)
-_INCOMPLETE = (Flag.MISSING_SLICES, Flag.UNREADABLE_SLICES, Flag.TRUNCATED, Flag.REPETITION)
+_INCOMPLETE = (Flag.NOT_ANALYSED, Flag.MISSING_SLICES, Flag.UNREADABLE_SLICES, Flag.TRUNCATED, Flag.REPETITION)
 
 
 def document(
@@ -31,8 +39,12 @@ def document(
     *,
     sop_class_uid: str,
     root: Dataset,
+    related: Sequence[RelatedObject] = (),
 ) -> Dataset:
-    """An SR document around the content tree `root`, named by all of its bytes."""
+    """An SR document around the content tree `root`, named by all of its bytes.
+
+    related: what the tree refers to beside the analysed instances.
+    """
     evidence, unlisted = analysed_instances(output, source)
     dataset = common_header(
         output,
@@ -53,7 +65,7 @@ def document(
     dataset.VerificationFlag = "UNVERIFIED"
     dataset.PreliminaryFlag = "PRELIMINARY"
     dataset.CurrentRequestedProcedureEvidenceSequence = [
-        references(source.study_uid, ((one.series_uid, one.sop_class_uid, one.sop_instance_uid) for one in evidence))
+        references(source.study_uid, [*map(_where, evidence), *map(_where, related)])
     ]
     add_requests(dataset, source)
     if run.predecessors:
@@ -61,6 +73,10 @@ def document(
     for element in root:
         dataset.add(element)
     return name_by_content(dataset, "SR", *run.analysis_key)
+
+
+def _where(one: SourceInstance | RelatedObject) -> tuple[str, str, str]:
+    return one.series_uid, one.sop_class_uid, one.sop_instance_uid
 
 
 def add_requests(dataset: Dataset, source: SourceStudy) -> None:
@@ -105,6 +121,14 @@ def _images(source: SourceStudy, shown: Iterable[RetainedInstance]) -> list[Imag
             if one.frame_number is not None:
                 of_instance.append(one.frame_number)
     return [(known[uid], sorted(numbers) or None) for uid, numbers in frames.items()]
+
+
+def related_items(related: Iterable[RelatedObject]) -> Iterator[ContentItem]:
+    """One content item for each: what it is, and where."""
+    for one in related:
+        name = codes.COMPANIONS[one.companion]
+        kind = CompositeContentItem if one.companion in (Companion.PDF, Companion.KOS) else ImageContentItem
+        yield kind(name, one.sop_class_uid, one.sop_instance_uid, relationship_type=RelationshipTypeValues.CONTAINS)
 
 
 def references(study_uid: str, instances: Iterable[tuple[str, str, str]]) -> Dataset:

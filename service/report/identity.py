@@ -6,6 +6,8 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 
+from service.shared.settings import Companion
+
 # Of this project alone: UIDs derived under it change meaning if it changes
 _NAMESPACE = uuid.UUID("5b0c7f6e-6d1b-5c0a-9a55-0f6f2d6c0b52")
 
@@ -28,6 +30,16 @@ class PriorDocument:
     sop_instance_uid: str
     series_uid: str
     study_uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class RelatedObject:
+    """Another result of the same run, which the report names. Companions name no report: UIDs never go in a circle."""
+
+    companion: Companion
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_uid: str
 
 
 @dataclass(frozen=True, slots=True)

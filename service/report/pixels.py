@@ -11,8 +11,8 @@ import resource
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Timer
 from typing import IO, Any
@@ -87,6 +87,50 @@ def read_frames(wanted: Sequence[Wanted], limits: PixelLimits) -> Iterator[Sourc
         child.kill()
         child.wait()
         child.stdout.close()
+
+
+class DecodedOnce:
+    """The frames of `wanted`, decoded once for every companion: one looks at all pixels, the others at few or none.
+
+    Iterate over it at most once; what was passed by is kept without pixels, except those that `keep` names.
+    """
+
+    def __init__(self, wanted: Sequence[Wanted], limits: PixelLimits, *, keep: Collection[int] = ()) -> None:
+        """keep: places in `wanted` whose pixels are wanted again."""
+        self._frames = enumerate(read_frames(wanted, limits))
+        self._keep = frozenset(keep)
+        self._placed: list[SourceFrame] = []
+        self._kept: dict[int, SourceFrame] = {}
+        self._shapes: set[tuple[int, ...]] = set()
+
+    def __iter__(self) -> Iterator[SourceFrame]:
+        for place, frame in self._frames:
+            if frame.grey is not None:
+                self._shapes.add(frame.grey.shape)
+            if place in self._keep:
+                self._kept[place] = frame
+            self._placed.append(replace(frame, grey=None))
+            yield frame
+
+    @property
+    def placed(self) -> list[SourceFrame]:
+        """Every frame in order, without its pixels."""
+        for _ in self:
+            pass
+        return self._placed
+
+    @property
+    def kept(self) -> dict[int, SourceFrame]:
+        """The frames that `keep` names, by their place."""
+        return self._kept if self.placed else {}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of every frame; ValueError when none could be decoded, or they differ."""
+        if not self.placed or len(self._shapes) != 1:
+            raise ValueError("no slice could be decoded, or they differ in size")
+        (shape,) = self._shapes
+        return shape[0], shape[1]
 
 
 def _receive(stream: IO[bytes], uid: str, number: int | None) -> SourceFrame:

@@ -17,7 +17,7 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels.encoders.base import RLELosslessEncoder
 from pydicom.uid import MultiFrameTrueColorSecondaryCaptureImageStorage, RLELossless
 
-from service.report import codes
+from service.report import codes, words
 from service.report.coverage import Cover, cover, is_shown
 from service.report.encoding import name_by_content
 from service.report.header import (
@@ -42,10 +42,6 @@ from service.shared.settings import ReportSettings
 
 SERIES_DESCRIPTION = "AI model input, not for diagnosis"
 BANNER = "NOT FOR DIAGNOSIS. Patches given to the model, not an explanation."
-LEGEND = (
-    "Clear: patches given to the language model. Blue: merged into other patches. Dark red: not given. "
-    "Orange frame: slice not given. Not for diagnosis."
-)
 _ORANGE = np.array([255, 140, 0], np.uint8)
 _SMALLEST_WITH_TEXT = 128  # rows and columns
 _STEP = 64  # grey levels in dark parts are few, so that they compress
@@ -96,7 +92,7 @@ def build_secondary_capture(
     dataset.ConversionType = "WSD"
     dataset.ImageType = ["DERIVED", "SECONDARY"]
     dataset.BurnedInAnnotation = source.series.get("BurnedInAnnotation", "NO")
-    dataset.ImageComments = LEGEND
+    dataset.ImageComments = words.LEGEND
     dataset.SourceImageSequence = list(_source_images(pictures.drawn, source))
     _describe_pixels(dataset, pictures.shape, len(encoded))
     _place_frames(dataset, pictures.drawn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import cast
 
@@ -29,10 +30,10 @@ from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage, Enhanc
 
 from service.report import codes, words
 from service.report.attributes import uid_is_valid
-from service.report.document import Image, analysed_instances, document, observer, shown_images
+from service.report.document import Image, analysed_instances, document, observer, related_items, shown_images
 from service.report.finding_groups import finding_groups
 from service.report.header import clipped
-from service.report.identity import RunIdentity
+from service.report.identity import RelatedObject, RunIdentity
 from service.report.readable import walk
 from service.report.source import SourceStudy
 from service.report.validation_mode import values_as_they_are
@@ -54,16 +55,18 @@ def build_sr(
     sop_class: SrSopClass,
     *,
     run: RunIdentity,
+    related: Sequence[RelatedObject] = (),
 ) -> Dataset:
     """One SR document, ready for `encode`.
 
+    related: its companions, which it refers to.
     source: of the analysed series; instances of the Retention without a readable header are said to be missing.
     Raises ValueError when none of the analysed instances is in `source`.
     """
     _, unlisted = analysed_instances(output, source)
     with values_as_they_are():  # UIDs of the source are copied even where they are invalid
-        root = _content(output, source, settings, run, unlisted)
-    return document(output, source, settings, run, sop_class_uid=SOP_CLASSES[sop_class], root=root)
+        root = _content(output, source, settings, run, unlisted, related)
+    return document(output, source, settings, run, sop_class_uid=SOP_CLASSES[sop_class], root=root, related=related)
 
 
 def _content(
@@ -72,9 +75,12 @@ def _content(
     settings: ReportSettings,
     run: RunIdentity,
     unlisted: int,
+    related: Sequence[RelatedObject],
 ) -> ContentItem:
     """The tree of TID 1500, every container SEPARATE."""
     kept = shown_images(output, source)
+    model_input = _model_input(output, kept, run, unlisted)
+    model_input[0].ContentSequence.extend(related_items(related))
     report = MeasurementReport(
         observation_context=observer(output, settings),
         procedure_reported=codes.PROCEDURES.get(output.modality, codes.IMAGING_PROCEDURE),
@@ -82,7 +88,7 @@ def _content(
         language_of_content_item_and_descendants=LanguageOfContentItemAndDescendants(
             CodedConcept.from_code(codes.ENGLISH)
         ),
-        imaging_measurements=[_model_input(output, kept, run, unlisted), *finding_groups(output, source, run)],
+        imaging_measurements=[model_input, *finding_groups(output, source, run)],
     )
     root = report[0]
     children = root.ContentSequence
@@ -172,7 +178,7 @@ def _model_input(
 
 
 def _first_of_each_series(images: list[Image]) -> list[Image]:
-    """Where a viewer opens the images. All of them stand in the Image Library, once: again here, they would double it."""
+    """Where a viewer opens the images; all of them stand in the Image Library, and twice would be twice as long."""
     return [next(members) for _, members in groupby(images, key=lambda image: image[0].series_uid)]
 
 
@@ -192,6 +198,7 @@ def _narrative(output: AnalysisOutput, run: RunIdentity, unlisted: int) -> Conta
     said = [
         *((codes.FINDING, text) for text in words.findings(output)),
         (codes.IMPRESSION, words.impression(output)),
+        *((codes.COMMENT, f"{words.LIMITATION} {text}") for text in words.limitations(output)),
         *((codes.COMMENT, text) for text in words.comments(output, run.revision_note, unlisted)),
     ]
     narrative.ContentSequence = ContentSequence(

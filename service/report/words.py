@@ -15,10 +15,17 @@ from service.report.coded_findings import sentences
 from service.shared.messages import AnalysisOutput, Flag, SourceState
 
 NOT_FOR_DIAGNOSIS = "UNVERIFIED machine output, not for diagnosis."
+LIMITATION = "Limit of the model, as measured by its makers:"
 NO_FINDINGS_TEXT = "The model produced no text under this heading."
+
+LEGEND = (
+    "Clear: patches given to the language model. Blue: merged into other patches. Dark red: not given. "
+    "Orange frame: slice not given. Not for diagnosis."
+)
 
 # In the order in which they are said
 NOTICES: dict[Flag, str] = {
+    Flag.NOT_ANALYSED: "NOT ANALYSED: no model was run on this study.",
     Flag.RANDOM_WEIGHTS: "RANDOM WEIGHTS: the text is noise.",
     Flag.DEMONSTRATION_WEIGHTS: (
         "DEMONSTRATION MODEL: trained on computer-made phantoms; it has never seen a patient and means nothing on one."
@@ -34,7 +41,7 @@ NOTICES: dict[Flag, str] = {
 }
 # Said before the impression itself; the others are comments
 _URGENT = (
-    Flag.RANDOM_WEIGHTS, Flag.DEMONSTRATION_WEIGHTS, Flag.REFUSED, Flag.UNPARSED, Flag.TRUNCATED,
+    Flag.NOT_ANALYSED, Flag.RANDOM_WEIGHTS, Flag.DEMONSTRATION_WEIGHTS, Flag.REFUSED, Flag.UNPARSED, Flag.TRUNCATED,
     Flag.REPETITION, Flag.MISSING_SLICES, Flag.UNREADABLE_SLICES,
 )  # fmt: skip
 _NOT_SHOWN = {
@@ -55,6 +62,11 @@ def impression(output: AnalysisOutput) -> str:
     notices = [NOTICES[flag] for flag in NOTICES if flag in output.flags and flag in _URGENT]
     opening = " ".join([NOT_FOR_DIAGNOSIS, *notices])
     return "\r\n".join([opening, *(paragraphs(output.impression) or [NO_FINDINGS_TEXT])])
+
+
+def limitations(output: AnalysisOutput) -> list[str]:
+    """What the model's makers measured that it cannot do; each is one text."""
+    return [text for part in output.limitations for text in paragraphs(part)]
 
 
 def comments(output: AnalysisOutput, revision_note: str, instances_not_listed: int) -> list[str]:

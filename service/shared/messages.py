@@ -40,6 +40,7 @@ class Flag(StrEnum):
     GANTRY_TILT = "gantry-tilt"  # slices are sheared against their normal; not corrected
     REPETITION = "repetition"  # the model ran into a loop; the text was cut
     REFUSED = "model-refused"  # the model declined to read; its words stand under Findings
+    NOT_ANALYSED = "not-analysed"  # no model was run: the study was refused; only the report of a refusal has it
 
 
 class SeriesCandidate(Message):
@@ -239,6 +240,7 @@ class AnalysisOutput(Message):
     answers: tuple[ClosedAnswer, ...] = ()  # to the closed questions; empty where none was asked
     flags: tuple[Flag, ...]
     notes: tuple[str, ...]  # what the volume's geometry made us say, fit for people, without patient data
+    limitations: tuple[str, ...] = ()  # of the model, as measured by its makers; a sentence each
     model: ModelIdentity
     prompt: str
     max_new_tokens: int

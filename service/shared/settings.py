@@ -13,7 +13,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, IPvAnyNetwork, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from service.shared.messages import FindingName
 
@@ -151,6 +160,7 @@ class Companion(StrEnum):
     SC = "sc"  # a colour picture of every slice with what the model was shown; any viewer
     SEG = "seg"  # the same as a binary segmentation, for machines
     PM = "pm"  # the attention that each part of the slices received, as a parametric map; for research
+    PDF = "pdf"  # the report with some of those pictures, for a PACS that shows nothing else
     KOS = "kos"  # a selection of the slices that the model was shown
 
 
@@ -160,9 +170,19 @@ class RouteSettings(Section):
     prompt: str | None = None
     destinations: tuple[str, ...] | None = None
     companions: tuple[Companion, ...] = ()
+    report_refusals: bool = False
     model: dict[str, Any] = Field(default_factory=dict)
     pruning: dict[str, Any] = Field(default_factory=dict)
     series: dict[str, Any] = Field(default_factory=dict)
+
+
+# Defined terms of Specific Character Set (PS3.3 C.12.1.1.2) that results are written in. Without GBK, in which
+# dciodvfy calls every name invalid, and ISO 2022 IR 58, which pydicom 3.0.2 writes without its escape: GB18030 instead.
+UTF_8 = "ISO_IR 192"
+MULTI_BYTE = frozenset({"ISO 2022 IR 87", "ISO 2022 IR 159", "ISO 2022 IR 149"})
+_SINGLE_BYTE = ("6", "13", "100", "101", "109", "110", "126", "127", "138", "144", "148", "166", "203")
+CODE_EXTENSIONS = MULTI_BYTE | {f"ISO 2022 IR {number}" for number in _SINGLE_BYTE}
+CHARSETS = MULTI_BYTE | {UTF_8, "GB18030"} | {f"ISO_IR {number}" for number in _SINGLE_BYTE}
 
 
 class SrSopClass(StrEnum):
@@ -190,6 +210,7 @@ class DestinationSettings(Section):
         SrSopClass.COMPREHENSIVE_3D
     )
     concurrency: int = Field(default=1, ge=1, le=16)
+    charset: str = UTF_8
     timeout_s: float = Field(default=30, gt=0)
     retry_delay_s: float = Field(default=30, gt=0)
     retry_max_delay_s: float = Field(default=900, gt=0)
@@ -207,6 +228,12 @@ class DestinationSettings(Section):
             return tuple(dict.fromkeys(self.sr_sop_class))
         return (SrSopClass(self.sr_sop_class),)
 
+    def kind_of_report(self, sop_class: SrSopClass) -> str:
+        """Under which kind the report of this class, in this character set, is on record."""
+        numbers = [term.rpartition(" ")[2] for term in self.charset.split("\\") if term]
+        suffix = "-gb18030" if self.charset == "GB18030" else f"-ir{'-'.join(numbers)}"
+        return f"sr-{sop_class.value}" + ("" if self.charset == UTF_8 else suffix)
+
     @property
     def wants_proof(self) -> bool:
         """Whether a delivery is only finished once the destination has vouched for it, or was seen to hold it."""
@@ -219,6 +246,22 @@ class DestinationSettings(Section):
         if not self.tls and any((self.tls_ca, self.tls_certificate)):
             raise ValueError("tls_ca, tls_certificate and tls_key have no meaning without tls = true")
         return self
+
+    @field_validator("charset")
+    @classmethod
+    def charset_is_of_dicom(cls, charset: str) -> str:
+        """As Specific Character Set has it; a multi-byte set alone stands behind the default repertoire."""
+        if charset.lower() in ("utf-8", "utf8"):
+            return UTF_8
+        terms = charset.split("\\")
+        unknown = [term for term in terms if term not in (CHARSETS if len(terms) == 1 else CODE_EXTENSIONS | {""})]
+        if unknown or (len(terms) == 1 and not charset):
+            raise ValueError(
+                f"{unknown[0] if unknown else charset!r} is no such term here; utf-8, {', '.join(sorted(CHARSETS))}, "
+                "or code extensions between backslashes, for instance '\\ISO 2022 IR 149' "
+                "(for GBK and ISO 2022 IR 58 take GB18030)"
+            )
+        return f"\\{charset}" if terms[0] in MULTI_BYTE else charset
 
 
 class ReportSettings(Section):

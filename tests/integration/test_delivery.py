@@ -265,6 +265,20 @@ def test_bytes_are_the_stored_ones_every_time(outbox: Outbox, pacs: Pacs) -> Non
     assert data_set_bytes(outbox.file(delivery_id)) == peculiar()
 
 
+@pytest.mark.parametrize(("taken", "state"), [("ISO_IR 192", "delivered"), ("ISO_IR 100", "rejected")])
+def test_result_in_a_character_set_that_the_pacs_does_not_take_is_not_sent(
+    pacs: Pacs, outbox: Outbox, taken: str, state: str
+) -> None:
+    """Not even by a requeue; the reason says what can be done."""
+    (one,) = outbox.add(bytes.fromhex("08000500") + b"CS" + bytes([10, 0]) + b"ISO_IR 192")
+
+    outbox.deliver(pacs.port, charset=taken)
+
+    assert outbox.row(one).state.value == state
+    assert len(pacs.received) == (state == "delivered")
+    assert (outbox.row(one).reason or "").startswith("not sent: its text does not fit") is (state == "rejected")
+
+
 def test_requeued_result_goes_out_as_it_is(outbox: Outbox, pacs: Pacs) -> None:
     """After a rejection a person asks for another attempt: the same bytes under the same UID."""
     pacs.statuses = [0xC000]

@@ -16,22 +16,30 @@ import pytest
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
-from pydicom.uid import RLELossless
+from pydicom.uid import (
+    EncapsulatedPDFStorage,
+    KeyObjectSelectionDocumentStorage,
+    MultiFrameTrueColorSecondaryCaptureImageStorage,
+    ParametricMapStorage,
+    RLELossless,
+    SegmentationStorage,
+)
 
 from service.report.coverage import Cover, cover
+from service.report.encapsulated import build_pdf, key_places
 from service.report.encoding import encode, uncompressed
 from service.report.gate import Severity, check
-from service.report.identity import PriorDocument, RunIdentity
+from service.report.identity import PriorDocument, RelatedObject, RunIdentity
 from service.report.key_objects import build_key_objects
 from service.report.parametric_map import build_parametric_map
-from service.report.pixels import PixelLimits, read_frames
+from service.report.pixels import DecodedOnce, PixelLimits, read_frames
 from service.report.retention_map import build_secondary_capture, wanted_frames
 from service.report.segmentation import build_segmentation
 from service.report.source import SourceStudy, read_source
 from service.report.structured_report import SOP_CLASSES, build_sr
 from service.report.text_report import build_text_report
 from service.shared.messages import Flag
-from service.shared.settings import ReportSettings, SrSopClass
+from service.shared.settings import Companion, ReportSettings, SrSopClass
 from tests.report_samples import ANSWERS, BODY, HEAD, RUN, arrays_of, ct_header, output_for, write
 
 pytestmark = pytest.mark.validators
@@ -44,7 +52,19 @@ JAVA = [
 ]  # fmt: skip
 # What PixelMed's rules of 2022 do not know yet, or what an extensible template leaves to us
 PIXELMED_WARNINGS = re.compile(
-    r"Warning: .*Measurement Group.*/CODE \((MP-\d+,99MEDPRUNER|121052,DCM),.*Content Item not in template"
+    r"Warning: .*Measurement Group.*/(CODE|IMAGE|COMPOSITE) \((MP-\d+,99MEDPRUNER|121052,DCM),.*Content Item not in template"
+)
+RELATED = tuple(
+    RelatedObject(companion, uid, f"2.25.60{number}", f"2.25.61{number}")
+    for number, (companion, uid) in enumerate(
+        {
+            Companion.SC: MultiFrameTrueColorSecondaryCaptureImageStorage,
+            Companion.SEG: SegmentationStorage,
+            Companion.PM: ParametricMapStorage,
+            Companion.PDF: EncapsulatedPDFStorage,
+            Companion.KOS: KeyObjectSelectionDocumentStorage,
+        }.items()
+    )
 )
 
 FLAGS: dict[str, Sequence[Flag]] = {flag.value: [flag] for flag in Flag} | {"none": [], "all": list(Flag)}
@@ -56,19 +76,22 @@ def content_of(
     sop_class: SrSopClass = SrSopClass.COMPREHENSIVE_3D,
     run: RunIdentity = RUN,
 ) -> bytes:
-    """A report on `source`."""
+    """A report on `source`, with a limit of its model and companions that it refers to."""
     settings = ReportSettings(institution="Sankt-Elisabeth-Klinik für Radiologie")
-    return encode(build_sr(output_for(source, flags=flags), source, settings, sop_class, run=run))
+    output = output_for(source, flags=flags, limitations=("Nodules below 8 mm are missed.",))
+    return encode(build_sr(output, source, settings, sop_class, run=run, related=RELATED))
 
 
 def coded_content_of(source: SourceStudy, sop_class: SrSopClass = SrSopClass.COMPREHENSIVE_3D) -> bytes:
     """A report with coded findings, present and absent."""
-    return encode(build_sr(output_for(source, answers=ANSWERS), source, ReportSettings(), sop_class, run=RUN))
+    output = output_for(source, answers=ANSWERS)
+    return encode(build_sr(output, source, ReportSettings(), sop_class, run=RUN, related=RELATED))
 
 
 def unexpected(content: bytes, source: SourceStudy) -> list[str]:
     """Everything that the gate found and that the allow-list does not hold."""
-    findings = check(content, evidence=[one.sop_instance_uid for one in source.instances], verbatim=source.uids)
+    evidence = [one.sop_instance_uid for one in (*source.instances, *RELATED)]
+    findings = check(content, evidence=evidence, verbatim=source.uids)
     return [str(one) for one in findings if one.severity is not Severity.ALLOWED]
 
 
@@ -218,7 +241,8 @@ def test_the_template_is_valid_for_pixelmed(body: SourceStudy, tmp_path: Path, s
 @pytest.mark.parametrize("flags", [[], list(Flag)], ids=["none", "all"])
 def test_a_text_report_passes_the_gate(body: SourceStudy, flags: Sequence[Flag]) -> None:
     """Basic Text SR on a real study."""
-    content = encode(build_text_report(output_for(body, flags=flags), body, ReportSettings(), run=RUN))
+    output = output_for(body, flags=flags, limitations=("Nodules below 8 mm are missed.",))
+    content = encode(build_text_report(output, body, ReportSettings(), run=RUN, related=RELATED))
 
     assert unexpected(content, body) == []
 
@@ -228,7 +252,7 @@ def test_a_text_report_passes_the_gate(body: SourceStudy, flags: Sequence[Flag])
 def test_the_text_report_is_valid_for_pixelmed(body: SourceStudy, tmp_path: Path) -> None:
     """TID 2000; its rules of 2022 know the sections by their older codes, and say so without an error."""
     path = tmp_path / "report.dcm"
-    path.write_bytes(encode(build_text_report(output_for(body), body, ReportSettings(), run=RUN)))
+    path.write_bytes(encode(build_text_report(output_for(body), body, ReportSettings(), run=RUN, related=RELATED)))
 
     complaints, said = pixelmed(path)
 
@@ -288,6 +312,41 @@ def test_the_key_objects_of_a_real_study_pass_the_gate(folder: Path) -> None:
     content = encode(build_key_objects(output_for(source), source, ReportSettings(), run=RUN))
 
     assert [str(one) for one in check(content, verbatim=source.uids) if one.severity is not Severity.ALLOWED] == []
+
+
+@pytest.mark.parametrize("folder", [BODY, HEAD], ids=["body", "head"])
+def test_the_printed_report_of_a_real_study_passes_the_gate(folder: Path, tmp_path: Path) -> None:
+    """Encapsulated PDF; poppler reads it, and every font with a glyph in it is inside."""
+    source = read_source(folder.glob("*.dcm"))
+    output = output_for(source, tokens=(16, 16), flags=list(Flag))
+    wanted = wanted_frames(output, source)
+    frames = DecodedOnce(wanted, PixelLimits(), keep=key_places(wanted)).kept
+
+    document = build_pdf(
+        output, arrays_of(output.retention.inputs, (16, 16)), source, frames, ReportSettings(), run=RUN
+    )
+
+    findings = check(encode(document), verbatim=source.uids)
+    assert [str(one) for one in findings if one.severity is not Severity.ALLOWED] == []
+    path = tmp_path / "report.pdf"
+    path.write_bytes(document.EncapsulatedDocument)
+    fonts = subprocess.run(["pdffonts", path], capture_output=True, text=True, check=True).stdout.splitlines()[2:]
+    assert [line for line in fonts if " yes yes yes " not in line and not line.startswith("Helvetica")] == []
+    images = subprocess.run(["pdfimages", "-list", path], capture_output=True, text=True, check=True).stdout
+    assert images.count(" jpeg ") == len(frames)
+
+
+LONG = {"StudyDescription": "Грудная клетка с контрастированием, поздняя фаза", "AccessionNumber": "Снимок-2026/77"}
+
+
+def test_a_text_that_is_long_in_bytes_alone_stops_no_report(tmp_path: Path) -> None:
+    """dciodvfy counts bytes; the standard limits characters (PS3.5 6.2)."""
+    source = read_source(write(tmp_path, [ct_header(SpecificCharacterSet="ISO_IR 144", **LONG)]))
+    assert len(LONG["StudyDescription"]) <= 64 < len(LONG["StudyDescription"].encode())
+
+    findings = check(content_of(source), verbatim=source.uids)
+
+    assert [str(one) for one in findings if one.severity is not Severity.ALLOWED] == []
 
 
 @pytest.mark.parametrize("folder", [BODY, HEAD], ids=["body", "head"])

@@ -12,13 +12,14 @@ from typing import Any
 
 import pydicom
 import pytest
-from pydicom.dataset import FileDataset
+from pydicom.dataset import Dataset, FileDataset
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import results
 from service.report.gate import GateFinding, Severity
+from service.report.readable import walk
 from service.report.source import read_source
 from service.shared import transitions
 from service.shared.db import Analysis, AnalysisState, Delivery, Result, ResultState
@@ -38,8 +39,8 @@ def sessions(sqlite_url: str) -> Iterator[sessionmaker[Session]]:
         yield opened
 
 
-def destination(name: str, sr_sop_class: str | list[str] = "comprehensive3d") -> dict[str, Any]:
-    return {"name": name, "ae_title": name.upper(), "host": "h", "port": 104, "sr_sop_class": sr_sop_class}
+def destination(name: str, sr_sop_class: str | list[str] = "comprehensive3d", **changes: Any) -> dict[str, Any]:
+    return {"name": name, "ae_title": name.upper(), "host": "h", "port": 104, "sr_sop_class": sr_sop_class, **changes}
 
 
 @dataclass
@@ -90,11 +91,19 @@ class Desk:
             return list(session.scalars(found))
 
 
-def desk_of(tmp_path: Path, sessions: sessionmaker[Session], **settings: Any) -> Desk:
+def desk_of(
+    tmp_path: Path, sessions: sessionmaker[Session], header: dict[str, Any] | None = None, **settings: Any
+) -> Desk:
+    """header: attributes of every slice that are others than in the real study."""
     folder = tmp_path / "spool" / "study"
     folder.mkdir(parents=True)
     for path in sorted(HEAD.glob("*.dcm"))[:SLICES]:
         shutil.copy(path, folder)
+        if header is not None:
+            changed = pydicom.dcmread(path)
+            for keyword, value in header.items():
+                setattr(changed, keyword, value)
+            changed.save_as(folder / path.name)
     source = read_source(sorted(folder.glob("*.dcm")))
     study_id = add_study(sessions, source.study_uid)
     for number, path in enumerate(sorted(folder.glob("*.dcm"))):
@@ -168,7 +177,7 @@ def test_one_report_is_built_for_each_class_that_destinations_take(
 
 def test_companions_of_the_route_stand_beside_the_report(tmp_path: Path, sessions: sessionmaker[Session]) -> None:
     """Each is an object of its own, passes the gate and goes where the report goes."""
-    companions = ["sc", "seg", "pm", "kos"]
+    companions = ["sc", "seg", "pm", "pdf", "kos"]
     desk = desk_of(
         tmp_path,
         sessions,
@@ -182,8 +191,115 @@ def test_companions_of_the_route_stand_beside_the_report(tmp_path: Path, session
     made = desk.made(analysis_id)
     assert [one.kind for one in made] == ["sr-comprehensive3d", "sr-basic_text", *companions]
     assert all(one.state is ResultState.BUILT for one in made)
-    assert [desk.sent_to(one) for one in made] == [["a"], ["b"], *[["a", "b"]] * 4]
+    assert [desk.sent_to(one) for one in made] == [["a"], ["b"], *[["a", "b"]] * 5]
     assert len({desk.dataset(one).StudyInstanceUID for one in made}) == 1
+
+
+def cited(report: Dataset) -> set[str]:
+    """UIDs of what the tree refers to."""
+    return {
+        str(one.ReferencedSOPInstanceUID) for item in walk(report) for one in item.get("ReferencedSOPSequence") or []
+    }
+
+
+@pytest.mark.parametrize("sop_class", ["comprehensive3d", "basic_text"])
+def test_report_refers_to_its_companions(tmp_path: Path, sessions: sessionmaker[Session], sop_class: str) -> None:
+    """And lists them as evidence; no companion refers to the report, so that no UID depends on itself."""
+    companions = ["sc", "seg", "pm", "pdf", "kos"]
+    route = [{"name": "default", "companions": companions}]
+    desk = desk_of(tmp_path, sessions, destination=[destination("a", sop_class)], route=route)
+    analysis_id = desk.read()
+
+    desk.build(analysis_id)
+
+    report, *others = desk.made(analysis_id)
+    assert cited(desk.dataset(report)) >= {one.sop_instance_uid for one in others}
+    assert report.state is ResultState.BUILT  # the gate holds evidence against references
+    assert all(report.sop_instance_uid.encode() not in desk.content(one) for one in others)
+
+
+# The ten cases of PS3.5 that a source may come in, and a destination that takes the same and no UTF-8
+NAMES = {
+    "latin": (["ISO_IR 100"], "Buc^Jérôme", "ISO_IR 100"),
+    "polish": (["ISO_IR 101"], "Wałęsa^Lech", "ISO_IR 101"),
+    "greek": (["ISO_IR 126"], "Διονυσιος", "ISO_IR 126"),
+    "arabic": (["ISO_IR 127"], "قباني^لنزار", "ISO_IR 127"),
+    "hebrew": (["ISO_IR 138"], "שרון^דבורה", "ISO_IR 138"),
+    "cyrillic": (["ISO_IR 144"], "Люкceмбypг", "ISO_IR 144"),
+    "turkish": (["ISO_IR 148"], "Öztürk^Işıl", "ISO_IR 148"),
+    "thai": (["ISO_IR 166"], "สมชาย^ใจดี", "ISO_IR 166"),
+    "japanese": (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう", "ISO 2022 IR 87"),
+    "japanese, half-width": (
+        ["ISO 2022 IR 13", "ISO 2022 IR 87"],
+        "ﾔﾏﾀﾞ^ﾀﾛｳ=山田^太郎=やまだ^たろう",
+        "ISO 2022 IR 13\\ISO 2022 IR 87",
+    ),
+    "korean": (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동", "ISO 2022 IR 149"),
+    "chinese, GB2312": (["", "ISO 2022 IR 58"], "Zhang^XiaoDong=张^小东", "GB18030"),
+    "chinese": (["GB18030"], "Wang^XiaoDong=王^小东", "GB18030"),
+    "utf-8": (["ISO_IR 192"], "Wang^XiaoDong=王^小東", "utf-8"),
+}
+
+
+def designated(name: str) -> bytes:
+    """In GB 2312 with its escape sequence in every component (PS3.5 K.2), which pydicom does not write."""
+    groups = name.split("=")
+    chinese = "^".join("\x1b$)A" + part for part in groups[1].split("^"))
+    return f"{groups[0]}=".encode() + chinese.encode("gb2312")
+
+
+@pytest.mark.parametrize(("written", "name", "taken"), NAMES.values(), ids=NAMES)
+def test_name_arrives_in_the_character_set_that_the_destination_takes(
+    tmp_path: Path, sessions: sessionmaker[Session], written: list[str], name: str, taken: str
+) -> None:
+    """From the source's set to the destination's, in the report and what stands beside it; each passes the gate."""
+    desk = desk_of(
+        tmp_path,
+        sessions,
+        {"SpecificCharacterSet": written, "PatientName": designated(name) if "ISO 2022 IR 58" in written else name},
+        destination=[destination("a"), destination("b", charset=taken)],
+        route=[{"name": "default", "companions": ["kos"]}],
+    )
+    analysis_id = desk.read()
+
+    desk.build(analysis_id)
+
+    made = desk.made(analysis_id)
+    assert {(one.state, str(desk.dataset(one).PatientName)) for one in made} == {(ResultState.BUILT, name)}
+    if taken == "utf-8":
+        assert [desk.sent_to(one) for one in made] == [["a", "b"], ["a", "b"]]
+        return
+    assert [desk.sent_to(one) for one in made] == [["a"], ["b"], ["a"], ["b"]]
+    assert len({one.kind for one in made}) == 3  # a report in another set is of another kind
+    assert len({one.sop_instance_uid for one in made}) == 4
+    for one in made[1::2]:
+        declared = desk.dataset(one).SpecificCharacterSet
+        assert (declared if isinstance(declared, str) else "\\".join(declared)).endswith(taken)
+    assert made[3].sop_instance_uid in cited(desk.dataset(made[1]))  # its own companion, not that of the others
+    assert made[2].sop_instance_uid not in cited(desk.dataset(made[1]))
+
+
+def test_text_that_a_destination_cannot_take_goes_on_record_and_is_not_changed(
+    tmp_path: Path, sessions: sessionmaker[Session]
+) -> None:
+    """One object in UTF-8 for both; the reason names the attribute, and delivery refuses it to the second."""
+    desk = desk_of(
+        tmp_path,
+        sessions,
+        {"SpecificCharacterSet": "ISO_IR 192", "PatientName": "王^小東"},
+        destination=[destination("a"), destination("b", charset="ISO_IR 100")],
+        route=[{"name": "default", "companions": ["kos"]}],
+    )
+    analysis_id = desk.read()
+
+    desk.build(analysis_id)
+
+    made = desk.made(analysis_id)
+    assert all(str(desk.dataset(one).PatientName) == "王^小東" for one in made)
+    assert [desk.sent_to(one) for one in made if one.kind == "kos"] == [["a", "b"]]
+    said = [line for one in made for line in one.gate if "charset" in line]
+    assert said
+    assert all(line == "warning: charset: does not fit ISO_IR 100: PatientName; not for b" for line in said)
 
 
 @pytest.mark.parametrize("route", [[], [{"name": "other"}]], ids=["without a destination", "route gone"])

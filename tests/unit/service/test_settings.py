@@ -13,6 +13,7 @@ from service.shared.settings import (
     ConfigurationError,
     DatabaseSettings,
     DataSettings,
+    DestinationSettings,
     PruningMethod,
     Settings,
     database_url,
@@ -405,3 +406,24 @@ def test_classes_of_report_are_offered_in_the_configured_order(
 def test_destination_keys_that_cannot_be_meant_are_refused(config: Path, content: str, said: str) -> None:
     """A certificate without its key, TLS files without TLS, no class of report at all."""
     assert said in fault_of(config, DESTINATION + content)
+
+
+@pytest.mark.parametrize(
+    ("given", "held"),
+    [
+        ("utf-8", "ISO_IR 192"),
+        ("GB18030", "GB18030"),
+        ("ISO 2022 IR 87", "\\ISO 2022 IR 87"),  # never the first value (PS3.3 C.12.1.1.2)
+        ("ISO 2022 IR 13\\ISO 2022 IR 87", "ISO 2022 IR 13\\ISO 2022 IR 87"),
+    ],
+)
+def test_character_set_of_a_destination_is_held_as_dicom_writes_it(given: str, held: str) -> None:
+    """utf-8 by its everyday name, a multi-byte set behind the default repertoire."""
+    assert DestinationSettings(name="a", ae_title="A", host="h", port=104, charset=given).charset == held
+
+
+@pytest.mark.parametrize("given", ["latin1", "GBK", "ISO 2022 IR 58", "", "ISO_IR 100\\ISO 2022 IR 87"])
+def test_character_set_that_results_cannot_be_written_in_is_refused(given: str) -> None:
+    """With the ones that can."""
+    with pytest.raises(ValidationError, match="take GB18030"):
+        DestinationSettings(name="a", ae_title="A", host="h", port=104, charset=given)
