@@ -16,6 +16,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import (
     UID,
     BasicTextSRStorage,
+    EncapsulatedPDFStorage,
     ExplicitVRLittleEndian,
     KeyObjectSelectionDocumentStorage,
     MultiFrameTrueColorSecondaryCaptureImageStorage,
@@ -33,15 +34,23 @@ from service.report.gate import ALLOWED_WARNINGS
 from service.report.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from service.report.readable import walk
 from service.report.structured_report import SOP_CLASSES
-from service.shared.settings import ReportSettings, Settings
+from service.shared.settings import CHARSETS, UTF_8, ReportSettings, Settings
 
 # What we send as SCU, with the transfer syntaxes proposed; which of them a destination gets is its own setting
 SENT: dict[str, tuple[UID, ...]] = {
-    **dict.fromkeys((*SOP_CLASSES.values(), BasicTextSRStorage, SegmentationStorage), (ExplicitVRLittleEndian,)),
+    **dict.fromkeys(
+        (
+            *SOP_CLASSES.values(),
+            BasicTextSRStorage,
+            SegmentationStorage,
+            ParametricMapStorage,
+            KeyObjectSelectionDocumentStorage,
+            EncapsulatedPDFStorage,
+        ),
+        (ExplicitVRLittleEndian,),
+    ),
     MultiFrameTrueColorSecondaryCaptureImageStorage: (ExplicitVRLittleEndian, RLELossless),
 }
-# What service.report builds and no route sends yet
-BUILT_ONLY: tuple[str, ...] = (KeyObjectSelectionDocumentStorage, ParametricMapStorage)
 # Statuses that a destination may answer with, one of each of our reactions
 _ANSWERS = (0x0000, 0xB000, 0xB006, 0xB007, 0x0107, 0x0116, 0xA700, 0xA900, 0xC000, 0x0122, 0x0124)
 _REACTIONS = {
@@ -172,7 +181,7 @@ def _sending() -> Iterator[str]:
         [(UID(uid).name, ", ".join(syntax.name for syntax in syntaxes)) for uid, syntaxes in SENT.items()],
     )
     yield ""
-    yield f"Built, and not yet sent by any route: {', '.join(UID(uid).name for uid in BUILT_ONLY)}."
+    yield "Beside the report goes what `[[route]] companions` names: none by default."
     yield ""
     yield (
         "A result is built once and sent byte for byte the same however often it is sent; one in RLE Lossless goes out "
@@ -309,8 +318,19 @@ def _templates() -> Iterator[str]:
         "is derived from the model's text: coded findings are answers that the model chose among given ones, each with "
         f"its probability as a certainty. The impression begins with: {words.NOT_FOR_DIAGNOSIS!r}. The Basic Text SR "
         "follows TID 2000. Every document is UNVERIFIED and PRELIMINARY; it is PARTIAL where slices were missing or "
-        "unreadable or the "
-        "text was cut."
+        "unreadable or the text was cut, and where nothing was analysed."
+    )
+    yield ""
+    yield (
+        "The image library lists every slice that the model was shown, once; the measurement group cites one of each "
+        "series, where a viewer opens them. The report refers to what was made beside it (maps, masks, the printed "
+        "report) and lists it as evidence; nothing of that refers to the report. A revision or a further run names "
+        "the reports that it follows in Predecessor Documents Sequence, and says in a comment what changed."
+    )
+    yield ""
+    yield (
+        "A study that cannot be analysed yields no object; with `[[route]] report_refusals` it yields a report with "
+        "the caution MP-111, the reason as impression, and all images of the study as evidence."
     )
     yield ""
     yield "Content items of the Structured Report:"
@@ -359,7 +379,9 @@ def _text_and_uids() -> Iterator[str]:
     yield ""
     yield (
         "All character sets of PS3.3 C.12.1.1.2 are read, with and without code extensions. Results are written in "
-        "ISO_IR 192 (UTF-8). Person names keep their component groups."
+        "ISO_IR 192 (UTF-8), or in the set of `[[destination]] charset`, then under a SOP Instance UID of their own: "
+        f"{', '.join(sorted(CHARSETS - {UTF_8}))}. A result that does not fit is not sent, and the delivery says so; "
+        "no character is ever replaced. Person names keep their component groups."
     )
     yield ""
     yield (
@@ -387,9 +409,16 @@ def _text_and_uids() -> Iterator[str]:
 def _security_and_limits() -> Iterator[str]:
     yield "## 8. Security, and what is open"
     yield ""
-    yield "- TLS, audit messages of PS3.15 A.5 and de-identification: none yet in the DICOM services."
+    yield "- De-identification: none."
     yield (
-        '- IHE AI Results: the final code of "Processing Algorithm" in Contributing Equipment, the rules of root '
+        "- IHE AI Results (AIR): designed to it, from what is quoted of Rev. 1.1 in public; Rev. 1.3 was not read. "
+        "Held: Comprehensive 3D SR under TID 1500; Procedure Reported is the imaging procedure; each algorithm in "
+        "Contributing Equipment with a Device UID that changes with model, weights and software; Content Date and Time "
+        "are the start of the analysis; tracking identifiers in every measurement group; same study, a series of its "
+        "own."
+    )
+    yield (
+        '- Open in AIR: the final code of "Processing Algorithm" in Contributing Equipment, the rules of root '
         'results and of tracking are to be checked in Rev. 1.3; the code used is (109102, DCM, "Processing '
         'Equipment").'
     )

@@ -13,7 +13,8 @@ import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage
 
-from service.report.identity import PriorDocument, RunIdentity
+from service.report.encapsulated import build_pdf
+from service.report.identity import PriorDocument, RelatedObject, RunIdentity
 from service.report.key_objects import build_key_objects
 from service.report.parametric_map import build_parametric_map
 from service.report.pixels import SourceFrame
@@ -24,11 +25,18 @@ from service.report.structured_report import SOP_CLASSES, build_sr
 from service.report.text_report import build_text_report
 from service.shared import messages
 from service.shared.messages import AnalysisOutput, RetentionArrays
-from service.shared.settings import ReportSettings, SrSopClass
+from service.shared.settings import Companion, ReportSettings, SrSopClass
 
 _SHAPE = (128, 128)
 _DIGEST = "0" * 64
 _STUDY = "2.25.11"
+_NAMES = {
+    Companion.KOS: "Key objects",
+    Companion.SC: "Retention map",
+    Companion.SEG: "Retention mask",
+    Companion.PM: "Attention map",
+    Companion.PDF: "Printed report",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +69,25 @@ def results(circumstances: Circumstances) -> dict[str, Dataset]:
         )
         for place, one in enumerate(source.instances)
     ]
-    objects = {
-        "Structured Report (TID 1500)": build_sr(output, source, settings, SrSopClass.COMPREHENSIVE_3D, run=run),
-        "Basic Text SR (TID 2000)": build_text_report(output, source, settings, run=run),
-        "Key objects": build_key_objects(output, source, settings, run=run),
-        "Retention map": build_secondary_capture(output, arrays, source, frames, settings, run=run),
+    companions: dict[Companion, Dataset] = {
+        Companion.SC: build_secondary_capture(output, arrays, source, frames, settings, run=run),
+        Companion.KOS: build_key_objects(output, source, settings, run=run),
+        Companion.PDF: build_pdf(output, arrays, source, {}, settings, run=run),
     }
     if "FrameOfReferenceUID" in source.series:
-        objects["Retention mask"] = build_segmentation(output, arrays, source, frames, _SHAPE, settings, run=run)
-        objects["Attention map"] = build_parametric_map(output, arrays, source, frames, settings, run=run)
-    return objects
+        companions[Companion.SEG] = build_segmentation(output, arrays, source, frames, _SHAPE, settings, run=run)
+        companions[Companion.PM] = build_parametric_map(output, arrays, source, frames, settings, run=run)
+    related = [
+        RelatedObject(companion, one.SOPClassUID, one.SOPInstanceUID, one.SeriesInstanceUID)
+        for companion, one in companions.items()
+    ]
+    objects = {
+        "Structured Report (TID 1500)": build_sr(
+            output, source, settings, SrSopClass.COMPREHENSIVE_3D, run=run, related=related
+        ),
+        "Basic Text SR (TID 2000)": build_text_report(output, source, settings, run=run, related=related),
+    }
+    return objects | {_NAMES[companion]: one for companion, one in companions.items()}
 
 
 def _source(circumstances: Circumstances) -> SourceStudy:
@@ -162,6 +179,7 @@ def _output() -> AnalysisOutput:
         answers=_answers(),
         flags=tuple(messages.Flag),
         notes=(),
+        limitations=("Example limit.",),
         model=messages.ModelIdentity(
             name="example",
             architecture="Example",

@@ -14,6 +14,7 @@ from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind  # t
 
 from service import conformance, delivery, receiver
 from service.report import codes
+from service.report.encapsulated import build_pdf
 from service.report.encoding import encode
 from service.report.identity import IMPLEMENTATION_CLASS_UID
 from service.report.key_objects import build_key_objects
@@ -95,7 +96,7 @@ def pacs() -> Iterator[tuple[int, list[tuple[str, tuple[str, ...]]]]]:
         )
 
     application = AE(ae_title="PACS")
-    for uid in (*conformance.SENT, *conformance.BUILT_ONLY):
+    for uid in conformance.SENT:
         application.add_supported_context(uid, ALL_TRANSFER_SYNTAXES)
     server = application.start_server(
         ("127.0.0.1", 0),
@@ -116,8 +117,6 @@ def test_what_is_proposed_as_scu_is_what_the_statement_says(
     said: dict[str, set[str]] = {}
 
     for number, dataset in enumerate((*documents(HEAD), *objects(HEAD).values())):
-        if dataset.SOPClassUID in conformance.BUILT_ONLY:
-            continue
         content = encode(dataset, dataset.file_meta.TransferSyntaxUID)
         path = tmp_path / f"{number}.dcm"
         path.write_bytes(content)
@@ -149,6 +148,7 @@ def objects(folder: Path) -> dict[str, Dataset]:
         "Structured Report (TID 1500)": sr,
         "Basic Text SR (TID 2000)": build_text_report(output, source, settings, run=RUN),
         "Key objects": build_key_objects(output, source, settings, run=RUN),
+        "Printed report": build_pdf(output, arrays, source, dict(enumerate(frames)), settings, run=RUN),
         "Retention map": build_secondary_capture(output, arrays, source, frames, settings, run=RUN),
         "Attention map": build_parametric_map(output, arrays, source, frames, settings, run=RUN),
         "Retention mask": build_segmentation(output, arrays, source, frames, (512, 512), settings, run=RUN),
@@ -213,4 +213,4 @@ def test_every_class_that_we_build_is_named() -> None:
     """Sent or not yet sent."""
     text = conformance.statement(Settings())
 
-    assert all(UID(uid).name in text for uid in (*conformance.SENT, *conformance.BUILT_ONLY))
+    assert all(UID(uid).name in text for uid in conformance.SENT)

@@ -52,7 +52,8 @@ JAVA = [
 ]  # fmt: skip
 # What PixelMed's rules of 2022 do not know yet, or what an extensible template leaves to us
 PIXELMED_WARNINGS = re.compile(
-    r"Warning: .*Measurement Group.*/(CODE|IMAGE|COMPOSITE) \((MP-\d+,99MEDPRUNER|121052,DCM),.*Content Item not in template"
+    r"Warning: .*Measurement Group.*/(CODE|IMAGE|COMPOSITE) \((MP-\d+,99MEDPRUNER|121052,DCM),"
+    r".*Content Item not in template"
 )
 RELATED = tuple(
     RelatedObject(companion, uid, f"2.25.60{number}", f"2.25.61{number}")
