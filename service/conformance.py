@@ -18,6 +18,7 @@ from pydicom.uid import (
     BasicTextSRStorage,
     EncapsulatedPDFStorage,
     ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     KeyObjectSelectionDocumentStorage,
     MultiFrameTrueColorSecondaryCaptureImageStorage,
     ParametricMapStorage,
@@ -47,9 +48,9 @@ SENT: dict[str, tuple[UID, ...]] = {
             KeyObjectSelectionDocumentStorage,
             EncapsulatedPDFStorage,
         ),
-        (ExplicitVRLittleEndian,),
+        (ExplicitVRLittleEndian, ImplicitVRLittleEndian),
     ),
-    MultiFrameTrueColorSecondaryCaptureImageStorage: (ExplicitVRLittleEndian, RLELossless),
+    MultiFrameTrueColorSecondaryCaptureImageStorage: (RLELossless, ExplicitVRLittleEndian, ImplicitVRLittleEndian),
 }
 # Statuses that a destination may answer with, one of each of our reactions
 _ANSWERS = (0x0000, 0xB000, 0xB006, 0xB007, 0x0107, 0x0116, 0xA700, 0xA900, 0xC000, 0x0122, 0x0124)

@@ -26,7 +26,7 @@ from service.report.segmentation import build_segmentation
 from service.report.source import read_source
 from service.report.structured_report import build_sr
 from service.report.text_report import build_text_report
-from service.shared.db import Result
+from service.shared.db import Delivery, Result
 from service.shared.durable import digest
 from service.shared.messages import Flag
 from service.shared.settings import DestinationSettings, ReportSettings, ScpSettings, Settings, SrSopClass
@@ -120,8 +120,8 @@ def test_what_is_proposed_as_scu_is_what_the_statement_says(
         content = encode(dataset, dataset.file_meta.TransferSyntaxUID)
         path = tmp_path / f"{number}.dcm"
         path.write_bytes(content)
-        result = Result(sop_class_uid=str(dataset.SOPClassUID), sha256=digest(content))
-        (answer,) = delivery.send(destination, ScpSettings(), [result], [path])
+        result = Result(sop_class_uid=str(dataset.SOPClassUID), sha256=digest(content), path=path.name)
+        (answer,) = delivery.send(destination, ScpSettings(), tmp_path, [delivery.Consignment(Delivery(), result)])
         assert answer.verdict is delivery.Verdict.STORED
     for abstract, syntaxes in proposed:
         said.setdefault(abstract, set()).update(syntaxes)
