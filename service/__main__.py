@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from threading import Event, Thread
@@ -72,6 +72,7 @@ from service.web.accounts_cli import make_user_app
 
 RECEIVER_GRACE_S = 20.0
 SCHEMA_WAIT_S = 0.5
+STATS_OF = timedelta(days=7)
 MOST_PROCESSES = 4  # of `audit verify`; the database works as hard as they do
 
 log = structlog.get_logger(__name__)
@@ -354,10 +355,11 @@ def stats_command(
     sender: Annotated[str | None, typer.Option(help="Only from this calling AE title.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Numbers: what came, what became of it, how long each step took, how much pruning kept."""
+    """Numbers of the last week, or since: what came, what became of it, how long it took, how much pruning kept."""
     settings = _load(config)
+    start = _utc(since) or datetime.now(UTC) - STATS_OF
     with _reading(settings, read_only=True)() as session:
-        found = stats.stats(session, since=_utc(since), sender=sender)
+        found = {"since": start} | stats.stats(session, since=start, sender=sender)
     printing.print_json(found) if as_json else printing.print_stats(Console(), found)
 
 

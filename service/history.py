@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.orm import Session
 
 from service import chain
@@ -91,51 +91,62 @@ def recent(
 
     state: of the study, of its newest analysis or of a delivery. sender: calling AE title of its last image.
     """
-    newest = (
-        select(Analysis.study_id, func.max(Analysis.id).label("analysis_id")).group_by(Analysis.study_id).subquery()
-    )
+    newest = select(func.max(Analysis.id)).where(Analysis.study_id == Study.id).correlate(Study).scalar_subquery()
     query = (
         select(Study, StudyHeader, Analysis)
         .outerjoin(StudyHeader, StudyHeader.study_id == Study.id)
-        .outerjoin(newest, newest.c.study_id == Study.id)
-        .outerjoin(Analysis, Analysis.id == newest.c.analysis_id)
+        .outerjoin(Analysis, Analysis.id == newest)
         .order_by(Study.first_received_at.desc(), Study.id.desc())
         .limit(limit)
     )
     if state:
-        in_delivery = (select(Analysis.study_id).join(Result, Result.analysis_id == Analysis.id).join(Delivery)).where(
-            Delivery.state == state
-        )
-        query = query.where(or_(Study.state == state, Analysis.state == state, Study.id.in_(in_delivery)))
+        query = query.where(_in_state(state))
     if since:
         query = query.where(Study.first_received_at >= since)
     if sender:
         query = query.where(Study.calling_ae == sender)
     if accession:
         query = query.where(StudyHeader.accession_number == accession)
-    rows = []
-    for study, header, analysis in session.execute(query):
-        instances = session.scalar(select(func.count()).select_from(Instance).where(Instance.study_id == study.id))
-        rows.append(
-            {
-                "study_id": study.id,
-                "study_uid": study.study_uid,
-                "accession_number": header.accession_number if header else None,
-                "patient_id": header.patient_id if header else None,
-                "received_at": study.first_received_at,
-                "from": study.calling_ae,
-                "instances": instances,
-                "revision": study.revision,
-                "study_state": study.state.value,
-                "held": study.held,
-                "route": analysis.route if analysis else None,
-                "analysis_state": analysis.state.value if analysis else None,
-                "reason": analysis.reason if analysis else None,
-                "counts": analysis.counts if analysis else None,
-                "deliveries": _delivery_states(session, study.id),
-            }
+    found = session.execute(query).all()
+    ids = [study.id for study, _, _ in found]
+    instances = _instances(session, ids)
+    deliveries = _deliveries(session, ids)
+    return [
+        {
+            "study_id": study.id,
+            "study_uid": study.study_uid,
+            "accession_number": header.accession_number if header else None,
+            "patient_id": header.patient_id if header else None,
+            "received_at": study.first_received_at,
+            "from": study.calling_ae,
+            "instances": instances.get(study.id, 0),
+            "revision": study.revision,
+            "study_state": study.state.value,
+            "held": study.held,
+            "route": analysis.route if analysis else None,
+            "analysis_state": analysis.state.value if analysis else None,
+            "reason": analysis.reason if analysis else None,
+            "counts": analysis.counts if analysis else None,
+            "deliveries": deliveries.get(study.id, {}),
+        }
+        for study, header, analysis in found
+    ]
+
+
+def _in_state(state: str) -> ColumnElement[bool]:
+    """Of the study, of its newest analysis or of a delivery; one index answers, whichever it is."""
+    if state in set(StudyState):
+        return Study.state == state
+    if state in set(DeliveryState):
+        return Study.id.in_(
+            select(Analysis.study_id)
+            .join(Result, Result.analysis_id == Analysis.id)
+            .join(Delivery, Delivery.result_id == Result.id)
+            .where(Delivery.state == state)
         )
-    return rows
+    if state == AnalysisState.DONE:  # nearly all are: the newest come first without help
+        return Analysis.state == state
+    return and_(Analysis.state == state, Study.id.in_(select(Analysis.study_id).where(Analysis.state == state)))
 
 
 def study_named(session: Session, name: str) -> Study:
@@ -219,15 +230,25 @@ def _counts(session: Session, column: Any, states: Any) -> dict[str, int]:
     return {state.value: present.get(state, 0) for state in states}
 
 
-def _delivery_states(session: Session, study_id: int) -> dict[str, int]:
+def _instances(session: Session, ids: Sequence[int]) -> dict[int, int]:
+    query = select(Instance.study_id, func.count()).where(Instance.study_id.in_(ids)).group_by(Instance.study_id)
+    counted: dict[int, int] = dict(session.execute(query).all())
+    return counted
+
+
+def _deliveries(session: Session, ids: Sequence[int]) -> dict[int, dict[str, int]]:
+    """By study: how many deliveries in each state."""
     rows = session.execute(
-        select(Delivery.state, func.count())
-        .join(Result, Result.id == Delivery.result_id)
-        .join(Analysis, Analysis.id == Result.analysis_id)
-        .where(Analysis.study_id == study_id)
-        .group_by(Delivery.state)
+        select(Analysis.study_id, Delivery.state, func.count())
+        .join(Result, Result.analysis_id == Analysis.id)
+        .join(Delivery, Delivery.result_id == Result.id)
+        .where(Analysis.study_id.in_(ids))
+        .group_by(Analysis.study_id, Delivery.state)
     )
-    return {state.value: count for state, count in rows}
+    found: dict[int, dict[str, int]] = {}
+    for study_id, state, count in rows:
+        found.setdefault(study_id, {})[state.value] = count
+    return found
 
 
 def _columns(row: Any) -> Row:

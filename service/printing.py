@@ -52,7 +52,8 @@ def print_history_csv(stream: TextIO, rows: list[Row]) -> None:
 
 
 def print_stats(console: Console, found: Row) -> None:
-    table = Table(title="medpruner-pacs", title_justify="left", show_header=False)
+    since = f", since {found['since']:%Y-%m-%d %H:%M} UTC" if found.get("since") else ""
+    table = Table(title=f"medpruner-pacs{since}", title_justify="left", show_header=False)
     table.add_row("studies", str(found["studies"]))
     table.add_row("instances", f"{found['instances']}, {found['bytes'] / 1e9:.2f} GB")
     table.add_row("analyses", _state_counts(found["analyses"]))

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from service.shared.db import Analysis, AnalysisState, Delivery, DeliveryState, Instance, Result, Study
 
 Row = dict[str, Any]
-SAMPLE = 20_000  # the newest finished analyses that durations and ratios are taken from
+SAMPLE = 5_000  # the newest finished analyses that durations and ratios are taken from
 
 
 def stats(session: Session, *, since: datetime | None = None, sender: str | None = None) -> Row:

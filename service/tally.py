@@ -31,6 +31,10 @@ MOST_NAMES = 32  # of steps, reasons and kinds of results; what comes later is `
 SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 14400.0)
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
+OF_ANALYSIS = (Analysis.id, Analysis.route, Analysis.revision, Analysis.queued_at, Analysis.started_at)
+OF_READING = (Analysis.id, Analysis.timings_s, Analysis.counts)
+OF_STUDY = (Study.id, Study.revision, Study.completed_at)
+
 log = structlog.get_logger(__name__)
 
 
@@ -247,50 +251,32 @@ def _facts(session: Session, after: int, upto: int) -> list[Fact]:
         .where(AuditChain.seq > after, AuditChain.seq <= upto, AuditEvent.kind.in_(COUNTED))
         .order_by(AuditChain.seq)
     ).all()
-    analyses = _analyses(session, {row.analysis_id for row in events if row.analysis_id is not None})
-    delivered = {row.study_id for row in events if row.kind == AuditKind.DELIVERY_DELIVERED}
-    studies = _studies(session, delivered)
-    facts = []
-    for row in events:
-        analysis = analyses.get(row.analysis_id)
-        study = studies.get(row.study_id)
-        newest = analysis is not None and study is not None and analysis.revision == study.revision
-        facts.append(
-            Fact(
-                row.kind,
-                row.at,
-                row.detail or {},
-                route=None if analysis is None else analysis.route,
-                queued_at=None if analysis is None else analysis.queued_at,
-                started_at=None if analysis is None else analysis.started_at,
-                timings_s=None if analysis is None else analysis.timings_s,
-                counts=None if analysis is None else analysis.counts,
-                completed_at=study.completed_at if newest and study is not None else None,
-            )
-        )
-    return facts
+    analyses = _rows(session, OF_ANALYSIS, {row.analysis_id for row in events if row.analysis_id is not None})
+    readings = _rows(session, OF_READING, {row.analysis_id for row in events if row.kind == AuditKind.ANALYSIS_READ})
+    studies = _rows(session, OF_STUDY, {row.study_id for row in events if row.kind == AuditKind.DELIVERY_DELIVERED})
+    return [
+        _fact(row, analyses.get(row.analysis_id), readings.get(row.analysis_id), studies.get(row.study_id))
+        for row in events
+    ]
 
 
-def _analyses(session: Session, ids: set[int]) -> dict[int, Any]:
-    columns = (
-        Analysis.id,
-        Analysis.route,
-        Analysis.revision,
-        Analysis.queued_at,
-        Analysis.started_at,
-        Analysis.timings_s,
-        Analysis.counts,
+def _fact(event: Any, analysis: Any, reading: Any, study: Any) -> Fact:
+    newest = analysis is not None and study is not None and analysis.revision == study.revision
+    return Fact(
+        event.kind,
+        event.at,
+        event.detail or {},
+        route=None if analysis is None else analysis.route,
+        queued_at=None if analysis is None else analysis.queued_at,
+        started_at=None if analysis is None else analysis.started_at,
+        timings_s=None if reading is None else reading.timings_s,
+        counts=None if reading is None else reading.counts,
+        completed_at=study.completed_at if newest else None,
     )
-    return {
-        row.id: row for part in _parts(ids) for row in session.execute(select(*columns).where(Analysis.id.in_(part)))
-    }
 
 
-def _studies(session: Session, ids: set[int]) -> dict[int, Any]:
-    columns = (Study.id, Study.revision, Study.completed_at)
-    return {row.id: row for part in _parts(ids) for row in session.execute(select(*columns).where(Study.id.in_(part)))}
-
-
-def _parts(ids: set[int], size: int = 1000) -> Iterable[list[int]]:
+def _rows(session: Session, columns: tuple[Any, ...], ids: set[int]) -> dict[int, Any]:
+    """The rows by id, which is the first of these columns."""
     ordered = sorted(ids)
-    return (ordered[start : start + size] for start in range(0, len(ordered), size))
+    parts = (ordered[start : start + 1000] for start in range(0, len(ordered), 1000))
+    return {row[0]: row for part in parts for row in session.execute(select(*columns).where(columns[0].in_(part)))}

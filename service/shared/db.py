@@ -402,6 +402,11 @@ class AuditEvent(Base):
     detail: Mapped[dict[str, Any]] = mapped_column(Document)
     vouches_sha256: Mapped[str | None] = mapped_column(String(64))
 
+    __table_args__ = (
+        Index(None, "kind", "id"),
+        Index(None, "actor", "id"),
+    )
+
 
 class AuditChain(Base):
     """Append-only (triggers). Which event stands where in the chain, and the hash up to it; written by chain.py."""
