@@ -39,6 +39,7 @@ from service import (
     history,
     notify,
     printing,
+    refusal_feed,
     requestor,
     results,
     retention,
@@ -174,7 +175,10 @@ def _ingest(settings: Settings, sessions: sessionmaker[Session], stop: Event) ->
     def notified() -> None:
         notify.notify_for_ever(settings, sessions, stop)
 
-    loops = [chained, removed, tallied, notified]
+    def refused() -> None:
+        refusal_feed.record_for_ever(spool_folder(settings), sessions, stop)
+
+    loops = [chained, removed, tallied, notified, refused]
     if settings.audit.syslog_host is not None:
         loops.append(lambda: audit_feed.feed_for_ever(settings, sessions, _audit_node(settings), stop))
     with _beside(stop, *loops):

@@ -34,6 +34,7 @@ USER_AUTHENTICATION = _dcm("110114", "User Authentication")
 APPLICATION_START, APPLICATION_STOP = _dcm("110120", "Application Start"), _dcm("110121", "Application Stop")
 LOGIN, LOGOUT = _dcm("110122", "Login"), _dcm("110123", "Logout")
 SOFTWARE_CONFIGURATION = _dcm("110131", "Software Configuration")
+NODE_AUTHENTICATION = _dcm("110126", "Node Authentication")
 SECURITY_ATTRIBUTES_CHANGED = _dcm("110137", "User Security Attributes Changed")
 APPLICATION, DESTINATION, SOURCE = (
     _dcm("110150", "Application"),
@@ -154,6 +155,9 @@ def _messages(event: Event, node: Node) -> Iterable[ET.Element]:
         which = SOFTWARE_CONFIGURATION if kind in CONFIGURED else SECURITY_ATTRIBUTES_CHANGED
         ends = [us.active((APPLICATION,), False), _person(event)]
         yield _message(event, SECURITY_ALERT, "E", SUCCESS, ends, types=[which])
+    elif kind == AuditKind.ASSOCIATION_REFUSED and event.peer is not None:
+        ends = [us.active((DESTINATION,), False), _peer(event.peer, SOURCE, requestor=True)]
+        yield _message(event, SECURITY_ALERT, "E", MINOR_FAILURE, ends, types=[NODE_AUTHENTICATION])
     elif kind in SIGNED:
         which, outcome = SIGNED[AuditKind(kind)]
         ends = [_person(event), us.active((APPLICATION,), False)]
@@ -218,10 +222,10 @@ class _Us:
 
 def _peer(peer: Peer, role: Code, *, requestor: bool) -> ET.Element:
     return _participant(
-        peer.ae_title,
+        _clean(peer.ae_title) or "unknown",
         (role,),
         requestor=requestor,
-        alternative=f"AETITLES={peer.ae_title}",
+        alternative=f"AETITLES={_clean(peer.ae_title)}" if peer.ae_title else None,
         address=peer.address,
         address_type=IP_ADDRESS if peer.address.replace(".", "").replace(":", "").isalnum() else MACHINE_NAME,
     )

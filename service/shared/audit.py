@@ -14,6 +14,7 @@ from service.shared.db import AuditEvent
 class AuditKind(StrEnum):
     SERVICE_STARTED = "service-started"
     SERVICE_STOPPED = "service-stopped"
+    ASSOCIATION_REFUSED = "association-refused"  # or a connection or instance, by the receiver
     INSTANCES_RECEIVED = "instances-received"  # new instances of one study from one association
     INSTANCES_RECEIVED_AGAIN = "instances-received-again"  # identical bytes; nothing reopened
     INSTANCE_CONFLICT = "instance-conflict"  # other bytes under a known SOP Instance UID; both kept

@@ -70,6 +70,7 @@ def event_of(message: ET.Element) -> tuple[str, str, str]:
         (AuditKind.STUDY_FORGOTTEN, [("110105", "D", "0")]),
         (AuditKind.SIGN_IN_FAILED, [("110114", "E", "4")]),
         (AuditKind.USER_ADDED, [("110113", "E", "0")]),
+        (AuditKind.ASSOCIATION_REFUSED, [("110113", "E", "4")]),
         (AuditKind.AUDIT_EXPORTED, [("110101", "R", "0")]),
     ],
 )
