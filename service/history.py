@@ -51,7 +51,7 @@ def status(session: Session, destinations: Sequence[DestinationSettings], now: d
     paused = set(session.scalars(select(Destination.name).where(Destination.paused.is_(True))))
     return {
         "studies": _counts(session, Study.state, StudyState),
-        "studies_held": session.scalar(select(func.count()).select_from(Study).where(Study.held.is_(True))),
+        "studies_held": session.scalar(select(func.count()).select_from(Study).where(Study.held)),
         "instances": session.scalar(select(func.count()).select_from(Instance)),
         "analyses": _counts(session, Analysis.state, AnalysisState),
         "deliveries": _counts(session, Delivery.state, DeliveryState),

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select, union_all
+from sqlalchemy import ColumnElement, and_, func, or_, select, union_all
 from sqlalchemy.orm import Session
 
 from service.shared import heartbeat
@@ -76,11 +76,17 @@ def list_studies(
         .outerjoin(StudyHeader, StudyHeader.study_id == Study.id)
         .outerjoin(Analysis, Analysis.id == newest)
         .where(*_study_conditions(which, by_identifier))
-        .order_by(Study.id.desc())
         .limit(limit + 1)
     )
-    if before is not None:
-        query = query.where(Study.id < before)
+    at = session.scalar(select(Study.first_received_at).where(Study.id == before)) if which.until else None
+    if which.until is None:
+        query = query.order_by(Study.id.desc())
+        query = query if before is None else query.where(Study.id < before)
+    else:  # by time: from the newest id on, one would walk to a day that is long ago
+        query = query.order_by(Study.first_received_at.desc(), Study.id.desc())
+        if before is not None and at is not None:
+            earlier = or_(Study.first_received_at < at, and_(Study.first_received_at == at, Study.id < before))
+            query = query.where(Study.first_received_at <= at, earlier)
     found = session.execute(query).all()
     page = found[:limit]
     ids = [study.id for study, _, _ in page]
@@ -116,7 +122,7 @@ def _study_conditions(which: StudyFilter, by_identifier: bool) -> list[ColumnEle
         case Narrowing.RECEIVING:
             conditions.append(Study.state == StudyState.RECEIVING)
         case Narrowing.HELD:
-            conditions.append(Study.held.is_(True))
+            conditions.append(and_(Study.held))
         case Narrowing.UNDELIVERED:
             open_ones = (DeliveryState.PENDING, DeliveryState.REJECTED)
             conditions.append(
@@ -305,7 +311,7 @@ def overview(session: Session, now: datetime) -> Row:
             .where(Analysis.state == AnalysisState.READ, Result.state == ResultState.QUARANTINED)
         )
         or 0,
-        "held": _count(session, Study.held.is_(True)),
+        "held": _count(session, and_(Study.held)),
         "oldest_unfinished_s": max(0, round((now - oldest).total_seconds())) if oldest else None,
         "workers": heartbeat.workers(session, now),
     }
