@@ -50,6 +50,7 @@ from service import (
 )
 from service.atna import Node
 from service.broker import NoRedisServer
+from service.certificates import CertificateError
 from service.demo import run_demo
 from service.receiver import Receiver
 from service.report import validation
@@ -153,6 +154,8 @@ def _receive(settings: Settings, stop: Event) -> None:
         )
         receiver = Receiver(settings.scp, settings.source, spool, vouching=vouching)
         receiver.start()
+    except CertificateError as error:
+        raise _fail(f"[scp] tls: {error}") from error
     except (SpoolInUse, OSError) as error:
         text = str(error) if isinstance(error, SpoolInUse) else error.strerror
         raise _fail(f"[scp] {settings.scp.host}:{settings.scp.port}: {text}") from error

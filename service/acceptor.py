@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import ssl
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,9 +31,10 @@ from pynetdicom.pdu_primitives import (
 )
 from pynetdicom.presentation import PresentationContext
 
+from service.certificates import common_name
 from service.command_set import Command, CommandField, Malformed, decode_command, encode_answer
 from service.shared.log import explain_exception
-from service.upper_layer import RELEASE_REPLY, AbortReason, Connection, Ended, Pdv, Violation, p_data
+from service.upper_layer import RELEASE_REPLY, AbortReason, Connection, Ended, NoTls, Pdv, Violation, p_data
 
 APPLICATION_CONTEXT_NAME = UID("1.2.840.10008.3.1.1.1")
 BACKLOG = 128
@@ -66,6 +68,8 @@ class Peer:
     called_ae: str
     address: str
     opened_at: datetime
+    secured: bool = False  # by TLS
+    certificate_name: str = ""  # the CN that it showed, where it had to show one
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,13 @@ class Service(Protocol):
         """The DIMSE status of the C-STORE; 0x0000 only for what is durable. What it leaves unread is dropped."""
         ...
 
+    def dropped(self, address: str, peer: Peer | None, reason: str, remedy: str) -> None:
+        """We ended a connection, before (peer is None) or after its association: who broke which rule or limit.
+
+        remedy: the configuration that would have let it pass; empty where nothing would.
+        """
+        ...
+
     def closed(self, peer: Peer, released: bool) -> None:
         """The association is over; `released` is False when it was aborted or the connection was lost."""
         ...
@@ -136,11 +147,14 @@ class Acceptor:
         self,
         *,
         host: str,
-        port: int,
+        port: int | None,
         limits: Limits,
         implementation: tuple[str, str],
         service: Service,
+        tls_port: int | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        """Listen on `port`, and with `tls` on `tls_port`; None for not. OSError when one cannot be bound."""
         # the log handlers of pynetdicom format every PDU, and quote what is in it
         _config.LOG_HANDLER_LEVEL = "none"
         self.limits = limits
@@ -152,25 +166,38 @@ class Acceptor:
         self._open: dict[str, _Association] = {}  # by association id, in order of connection
         self._unassociated: dict[str, _Association] = {}
         self._contexts: dict[tuple[str, ...], UID | int] = {}
-        family, *_, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
-        )[0]
-        self._listening = socket.create_server(cast(tuple[str, int], address)[:2], family=family, backlog=BACKLOG)
-        self._thread = Thread(target=self._accept, name="acceptor", daemon=True)
+        self._listeners: list[_Listener] = []
+        try:
+            if port is not None:
+                self._listeners.append(_Listener(host, port, None))
+            if tls_port is not None and tls is not None:
+                self._listeners.append(_Listener(host, tls_port, tls))
+        except OSError:
+            for listener in self._listeners:
+                listener.transport.close()
+            raise
+        self._threads = [
+            Thread(target=self._accept, args=(listener,), name=f"acceptor:{listener.port}", daemon=True)
+            for listener in self._listeners
+        ]
 
-    @property
-    def port(self) -> int:
-        return int(self._listening.getsockname()[1])
+    def ports(self, *, secured: bool) -> list[int]:
+        """Where it listens, with TLS or without."""
+        return [listener.port for listener in self._listeners if (listener.tls is not None) == secured]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self, grace_s: float) -> int:
         """Stop listening, let associations finish for `grace_s`, abort the rest and return how many those were."""
         self._stopping.set()
-        self._listening.shutdown(socket.SHUT_RDWR)  # wakes accept()
-        self._thread.join()
-        self._listening.close()
+        for listener in self._listeners:
+            listener.transport.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        for thread in self._threads:
+            thread.join()
+        for listener in self._listeners:
+            listener.transport.close()
         with self._lock:
             waiting = list(self._unassociated.values())
         for association in waiting:
@@ -197,7 +224,9 @@ class Acceptor:
             self._unassociated[association.association_id] = association
             crowd = list(self._unassociated.values())[: -self.limits.max_unassociated]
         for oldest in crowd:
-            log.warning("connection_dropped", address=oldest.address, reason="above [scp] max_unassociated")
+            limit = self.limits.max_unassociated
+            reason = "another connection without an association took its place"
+            self.service.dropped(oldest.address, None, reason, f"[scp] max_unassociated above {limit}")
             oldest.connection.hang_up()
 
     def associated(self, association: _Association) -> None:
@@ -229,24 +258,24 @@ class Acceptor:
 
     # --- inside ---
 
-    def _accept(self) -> None:
+    def _accept(self, listener: _Listener) -> None:
         while not self._stopping.is_set():
             try:
-                transport, address = self._listening.accept()
+                transport, address = listener.transport.accept()
             except OSError as error:
                 if not self._stopping.is_set():
                     log.error("no_connection_taken", error=error.strerror)
                     self._stopping.wait(NO_DESCRIPTORS_PAUSE_S)
                 continue
             try:
-                self._begin(transport, str(address[0]))
+                self._begin(transport, str(address[0]), listener.tls)
             except (OSError, RuntimeError) as error:  # gone already, or no thread to be had
                 log.error("connection_failed", address=str(address[0]), error=explain_exception(error))
                 transport.close()
 
-    def _begin(self, transport: socket.socket, address: str) -> None:
+    def _begin(self, transport: socket.socket, address: str, tls: ssl.SSLContext | None) -> None:
         association_id = f"{time.time_ns():020d}-{os.getpid()}-{next(self._counter):06d}"
-        association = _Association(self, transport, association_id, address)
+        association = _Association(self, transport, association_id, address, tls)
         with self._lock:
             self._open[association_id] = association
         self.unassociated(association)
@@ -261,10 +290,29 @@ class Acceptor:
             return list(self._open.values())
 
 
+class _Listener:
+    """One port that is listened on."""
+
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
+        self.tls = tls
+        family, *_, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
+        )[0]
+        self.transport = socket.create_server(cast(tuple[str, int], address)[:2], family=family, backlog=BACKLOG)
+        self.port = int(self.transport.getsockname()[1])
+
+
 class _Association:
     """From the connection to its end, in a thread of its own."""
 
-    def __init__(self, acceptor: Acceptor, transport: socket.socket, association_id: str, address: str) -> None:
+    def __init__(
+        self,
+        acceptor: Acceptor,
+        transport: socket.socket,
+        association_id: str,
+        address: str,
+        tls: ssl.SSLContext | None,
+    ) -> None:
         limits = acceptor.limits
         self.association_id = association_id
         self.address = address
@@ -276,6 +324,8 @@ class _Association:
         self._service = acceptor.service
         self._limits = limits
         self._stopped = False
+        self._tls = tls
+        self._peer: Peer | None = None
         self._accepted: dict[int, str] = {}  # presentation context id -> transfer syntax
         self._peer_max_pdu_bytes = 0
 
@@ -287,8 +337,11 @@ class _Association:
     def _run(self) -> None:
         try:
             self._associate()
+        except NoTls as failure:
+            self._service.dropped(self.address, None, str(failure), failure.remedy)
+            self.connection.linger()
         except Violation as violation:
-            log.warning("connection_dropped", address=self.address, reason=str(violation))
+            self._service.dropped(self.address, self._peer, str(violation), violation.remedy)
             self._last_words(violation.reason)
         except Ended:
             if self._stopped:
@@ -306,14 +359,17 @@ class _Association:
         self.connection.linger()
 
     def _associate(self) -> None:
+        certificate = self.connection.secure(self._tls) if self._tls is not None else None
         request = _decoded(self.connection.read_request(self._limits.max_associate_bytes))
         self._acceptor.associated(self)
-        peer = Peer(
+        peer = self._peer = Peer(
             association_id=self.association_id,
             calling_ae=request.calling_ae_title.strip(),
             called_ae=request.called_ae_title.strip(),
             address=self.address,
             opened_at=datetime.now(UTC),
+            secured=self._tls is not None,
+            certificate_name=common_name(certificate),
         )
         refusal = self._service.admit(peer)
         if refusal is not None:
@@ -391,7 +447,9 @@ class _Association:
             if not pdv.is_command or pdv.context_id != first.context_id:
                 raise Violation("a data set where a command was due")
             if len(content) + len(pdv.fragment) > self._limits.max_command_bytes:
-                raise Violation(f"a command set above [scp] max_command_bytes, {self._limits.max_command_bytes}")
+                limit = self._limits.max_command_bytes
+                message = f"a command set above [scp] max_command_bytes, {limit}"
+                raise Violation(message, remedy=f"[scp] max_command_bytes above {limit}")
             content += pdv.fragment
             if pdv.is_last:
                 try:
@@ -436,7 +494,9 @@ class _Association:
                     raise Violation("a command where a data set was due")
                 size_bytes += len(pdv.fragment)
                 if size_bytes > self._limits.max_data_set_bytes:
-                    raise Violation(f"a data set above [scp] max_data_set_gb, {self._limits.max_data_set_bytes} bytes")
+                    limit = self._limits.max_data_set_bytes
+                    message = f"a data set above [scp] max_data_set_gb, {limit} bytes"
+                    raise Violation(message, remedy=f"[scp] max_data_set_gb above {limit / 1e9:g}")
                 yield pdv.fragment
                 if pdv.is_last:
                     return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+import ssl
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,8 +30,10 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from service import commitment_answers
 from service.acceptor import Acceptor, EventReport, Interrupted, Limits, Peer, Refusal, StoreRequest
+from service.certificates import server_context
 from service.commitment_answers import PUSH_MODEL
 from service.instance_header import PREFIX_BYTES, Header, Unreadable, read_header, walk_header
+from service.refusals import Refusals, Refused
 from service.shared.log import explain_exception
 from service.shared.settings import ScpSettings, SourceSettings
 from service.spool import (
@@ -186,6 +189,13 @@ def resolve(host: str) -> frozenset[str]:
         return frozenset()
 
 
+def tls_context(scp: ScpSettings) -> ssl.SSLContext | None:
+    """For the TLS port; None without one. CertificateError names the file and the remedy."""
+    if scp.tls_port is None or scp.tls_certificate is None or scp.tls_key is None:
+        return None
+    return server_context(scp.tls_certificate, scp.tls_key, ca=scp.tls_ca, minimum=scp.tls_minimum)
+
+
 def _limits(scp: ScpSettings) -> Limits:
     return Limits(
         idle_timeout_s=scp.idle_timeout_s,
@@ -241,6 +251,7 @@ class Receiver:
         self._sources = sources
         self._spool = spool
         self._vouching = vouching
+        self._refusals = Refusals(spool.path)
         self._acceptor: Acceptor | None = None
         self._open: dict[str, _Tally] = {}  # by association id
         self._lock = Lock()
@@ -250,20 +261,26 @@ class Receiver:
 
     @property
     def port(self) -> int:
-        """The bound port, which is the configured one unless that is 0."""
+        """The bound port without TLS; the one with TLS where there is no other."""
         if self._acceptor is None:
             raise RuntimeError("the receiver has not been started")
-        return self._acceptor.port
+        return (self._acceptor.ports(secured=False) or self._acceptor.ports(secured=True))[0]
 
     def start(self) -> None:
-        """Recover the spool, then listen. OSError when the port cannot be bound, SpoolInUse beside another."""
+        """Recover the spool, then listen.
+
+        OSError when a port cannot be bound, SpoolInUse beside another receiver, CertificateError for TLS files.
+        """
+        tls = tls_context(self._scp)
         self._spool.claim()
         try:
             found = self._spool.recover()
             self._spool.make_ahead()
             self._acceptor = Acceptor(
                 host=self._scp.host,
-                port=self._scp.port,
+                port=None if self._scp.port == 0 and tls is not None else self._scp.port,
+                tls_port=self._scp.tls_port,
+                tls=tls,
                 limits=_limits(self._scp),
                 implementation=(IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME),
                 service=self,
@@ -281,7 +298,9 @@ class Receiver:
             )
         self._heart.start()
         self._acceptor.start()
-        log.info("receiver_listens", ae_title=self._scp.ae_title, host=self._scp.host, port=self.port)
+        for secured in (False, True):
+            for port in self._acceptor.ports(secured=secured):
+                log.info("receiver_listens", ae_title=self._scp.ae_title, host=self._scp.host, port=port, tls=secured)
 
     def stop(self, grace_s: float) -> None:
         """Take no new association, let open ones finish for `grace_s` seconds, abort what is left."""
@@ -293,6 +312,7 @@ class Receiver:
         aborted = self._acceptor.stop(grace_s)
         self._stopped.set()
         self._heart.join()
+        self._refusals.flush(datetime.now(UTC), at_least_s=0)
         self._spool.release()
         log.info("receiver_stopped", aborted=aborted)
 
@@ -311,8 +331,11 @@ class Receiver:
         names = {"calling_ae": peer.calling_ae, "called_ae": peer.called_ae, "address": peer.address}
         if denial is not None:
             log.warning("association_refused", **names, reason=denial.reason, remedy=denial.remedy)
+            self._record(peer.address, peer, denial.reason, denial.remedy)
             return denial.refusal
-        log.info("association_opened", **names, association_id=peer.association_id)
+        if peer.secured:
+            names["certificate_name"] = peer.certificate_name
+        log.info("association_opened", **names, association_id=peer.association_id, tls=peer.secured)
         return None
 
     def transfer_syntaxes(self, abstract_syntax: UID, proposed: Sequence[UID]) -> list[UID]:
@@ -369,6 +392,8 @@ class Receiver:
             verdict = Verdict(Status.UNREADABLE, f"cannot be read: {error}")
         except NoSpace:
             verdict = Verdict(Status.OUT_OF_RESOURCES, "no space: below [spool] min_free_gb, or the disk is full")
+            remedy = "free space on the spool's disk, or [spool] min_free_gb below what it is"
+            self._record(peer.address, peer, verdict.reason, remedy)
         except OSError as error:
             verdict = Verdict(Status.OUT_OF_RESOURCES, f"the spool cannot be written: {error.strerror}")
         except Exception as error:  # noqa: BLE001  whatever it was, it is not stored and must be answered
@@ -384,6 +409,12 @@ class Receiver:
                 reason=verdict.reason,
             )
         return int(verdict.status)
+
+    def dropped(self, address: str, peer: Peer | None, reason: str, remedy: str) -> None:
+        calling_ae = peer.calling_ae if peer else ""
+        log.warning("connection_dropped", address=address, calling_ae=calling_ae, reason=reason, remedy=remedy)
+        if remedy:  # a limit or the configuration; what breaks a rule is the sender's to mend
+            self._record(address, peer, reason, remedy)
 
     def closed(self, peer: Peer, released: bool) -> None:
         with self._lock:
@@ -401,6 +432,10 @@ class Receiver:
         )
 
     # --- inside ---
+
+    def _record(self, address: str, peer: Peer | None, reason: str, remedy: str) -> None:
+        calling_ae, called_ae = (peer.calling_ae, peer.called_ae) if peer else ("", "")
+        self._refusals.record(Refused(datetime.now(UTC), calling_ae, called_ae, address, reason, remedy))
 
     def _store(self, peer: Peer, request: StoreRequest, tally: _Tally) -> Verdict:
         announced = request.affected_sop_class_uid or "", request.affected_sop_instance_uid or ""
@@ -463,6 +498,7 @@ class Receiver:
 
     def _keep_heartbeats_fresh(self) -> None:
         while not self._stopped.wait(HEARTBEAT_S):
+            self._refusals.flush(datetime.now(UTC))
             with self._lock:
                 opened = list(self._open)
             for association_id in opened:

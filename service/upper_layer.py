@@ -7,17 +7,20 @@ rules, of messages or of files; the bytes of A-ASSOCIATE PDUs are somebody else'
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 HEADER_BYTES = 6
 PIECE_BYTES = 1 << 16  # how much of an A-ASSOCIATE-RQ is awaited at a time: a claimed length allocates nothing
 SLOW_S = 1.0  # a PDU that takes longer has its deadline looked at more closely
 LINGER_S = 2.0  # for a peer to read our last PDU and close
+TLS_HANDSHAKE = 22  # the first byte of what a TLS client sends (RFC 8446 5.1); no PDU type
 
 
 class PduType(IntEnum):
@@ -54,11 +57,21 @@ class Aborted(Ended):
 
 
 class Violation(Ended):
-    """The peer broke a rule or a bound, which the message names; it is told by an A-ABORT with the reason."""
+    """The peer broke a rule or a bound, which the message names; it is told by an A-ABORT with the reason.
 
-    def __init__(self, message: str, reason: AbortReason = AbortReason.INVALID_PARAMETER_VALUE) -> None:
+    remedy: the configuration that would let it pass; empty where nothing would.
+    """
+
+    def __init__(
+        self, message: str, reason: AbortReason = AbortReason.INVALID_PARAMETER_VALUE, *, remedy: str = ""
+    ) -> None:
         super().__init__(message)
         self.reason = reason
+        self.remedy = remedy
+
+
+class NoTls(Violation):
+    """The connection could not be secured: nothing more can be said on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +97,38 @@ class Connection:
         transport.settimeout(idle_timeout_s)
         transport.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+    def secure(self, context: ssl.SSLContext) -> dict[str, Any]:
+        """Shake hands over TLS, within the time that a PDU may take; the peer's certificate, empty without one."""
+        try:
+            first = self._socket.recv(1, socket.MSG_PEEK)
+            if first and first[0] == PduType.A_ASSOCIATE_RQ:
+                raise NoTls("a DICOM connection without TLS on the TLS port", remedy="[scp] port, or TLS at the sender")
+            self._socket.settimeout(self._pdu_timeout_s)
+            secured = context.wrap_socket(self._socket, server_side=True, do_handshake_on_connect=False)
+            self._socket = secured
+            secured.do_handshake()
+            self._socket.settimeout(self._idle_timeout_s)
+            return dict(secured.getpeercert() or {})
+        except TimeoutError as error:
+            raise NoTls("no TLS handshake within [scp] pdu_timeout_s") from error
+        except ssl.SSLError as error:
+            remedy = _TLS_REMEDIES.get(error.reason, "")
+            raise NoTls(f"the TLS handshake failed: {error.reason or 'no reason given'}", remedy=remedy) from error
+        except OSError as error:
+            raise Disconnected from error
+
     def read_request(self, max_bytes: int) -> bytes:
         """The first PDU, whole, which must be an A-ASSOCIATE-RQ."""
         deadline = time.monotonic() + self._idle_timeout_s
         header = self._exactly(HEADER_BYTES, deadline)
         pdu_type, length = struct.unpack(">BxL", header)
+        if pdu_type == TLS_HANDSHAKE and not isinstance(self._socket, ssl.SSLSocket):
+            raise NoTls("a TLS connection on the port without TLS", remedy="[scp] tls_port, or no TLS at the sender")
         if pdu_type != PduType.A_ASSOCIATE_RQ:
             raise Violation("no association request", AbortReason.UNEXPECTED_PDU)
         if length > max_bytes:
-            raise Violation(f"an A-ASSOCIATE-RQ of {length} bytes, [scp] max_associate_bytes is {max_bytes}")
+            message = f"an A-ASSOCIATE-RQ of {length} bytes, [scp] max_associate_bytes is {max_bytes}"
+            raise Violation(message, remedy=f"[scp] max_associate_bytes above {max_bytes}")
         return header + self._exactly(length, min(deadline, time.monotonic() + self._pdu_timeout_s))
 
     def begin_data(self, max_pdu_bytes: int) -> None:
@@ -133,22 +169,29 @@ class Connection:
     def linger(self) -> None:
         """Wait a little for the peer to close: what it has not read yet would be lost with the connection."""
         deadline = time.monotonic() + LINGER_S
+        if isinstance(self._socket, ssl.SSLSocket):
+            with suppress(OSError, ValueError):  # ValueError: the handshake was never finished
+                self._socket.settimeout(LINGER_S)
+                self._socket = self._socket.unwrap()  # an end without close_notify looks like an attack (RFC 8446 6.1)
         with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
+            socket.socket.shutdown(self._socket, socket.SHUT_WR)
             while (remaining_s := deadline - time.monotonic()) > 0:
                 self._socket.settimeout(remaining_s)
                 if not self._socket.recv(PIECE_BYTES):
                     return
 
     def stop_reading(self) -> None:
-        """Wake the thread that waits for the peer: it finds the connection at its end, and can still send."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RD)
+        """Wake the thread that waits for the peer: it finds the connection at its end, and can still send.
+
+        Over TLS the end without close_notify is an error, after which only its alert is sent: the peer sees a fault.
+        """
+        with suppress(OSError):  # the plain socket's: SSLSocket's own would make what is sent afterwards plain text
+            socket.socket.shutdown(self._socket, socket.SHUT_RD)
 
     def hang_up(self) -> None:
         """End the connection whatever its state is; the thread that uses it goes on and ends."""
         with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.hang_up()
@@ -163,7 +206,7 @@ class Connection:
             try:
                 piece = self._socket.recv(min(size - len(content), PIECE_BYTES))
             except TimeoutError as error:
-                raise Violation("no association was asked for in time") from error
+                raise Violation("no association was asked for within [scp] idle_timeout_s") from error
             except OSError as error:
                 raise Disconnected from error
             if not piece:
@@ -182,7 +225,8 @@ class Connection:
         self._fill(HEADER_BYTES, begun)
         pdu_type, length = struct.unpack_from(">BxL", self._buffer, self._start)
         if length > self._max_pdu_bytes:
-            raise Violation(f"a PDU of {length} bytes, [scp] max_pdu_bytes is {self._max_pdu_bytes}")
+            message = f"a PDU of {length} bytes, [scp] max_pdu_bytes is {self._max_pdu_bytes}"
+            raise Violation(message, remedy=f"[scp] max_pdu_bytes above {self._max_pdu_bytes}")
         self._fill(HEADER_BYTES + length, begun)
         first = self._start + HEADER_BYTES
         self._start = first + length
@@ -199,15 +243,17 @@ class Connection:
         while self._end - self._start < size:
             if time.monotonic() - begun > min(SLOW_S, self._pdu_timeout_s / 2):
                 self._set_timeout(begun + self._pdu_timeout_s)
-            self._receive("a PDU was begun and not finished within [scp] pdu_timeout_s")
+            self._receive(
+                "a PDU was begun and not finished within [scp] pdu_timeout_s", "[scp] pdu_timeout_s above what it is"
+            )
         self._socket.settimeout(self._idle_timeout_s)
 
-    def _receive(self, complaint: str) -> None:
+    def _receive(self, complaint: str, remedy: str = "") -> None:
         """Whatever has come, behind what is there."""
         try:
             count = self._socket.recv_into(self._buffer[self._end :])
         except TimeoutError as error:
-            raise Violation(complaint, AbortReason.NOT_SPECIFIED) from error
+            raise Violation(complaint, AbortReason.NOT_SPECIFIED, remedy=remedy) from error
         except OSError as error:
             raise Disconnected from error
         if count == 0:
@@ -241,6 +287,14 @@ def p_data(context_id: int, command: bytes, max_pdu_bytes: int) -> bytes:
         for number, fragment in enumerate(fragments, 1)
     )
 
+
+_TLS_REMEDIES = {
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "a certificate of [scp] tls_ca at the sender, or no tls_ca here",
+    "CERTIFICATE_VERIFY_FAILED": "the sender's authority in [scp] tls_ca",
+    "UNSUPPORTED_PROTOCOL": "[scp] tls_minimum, or a newer TLS at the sender",
+    "TLSV1_ALERT_UNKNOWN_CA": "our certificate's authority at the sender",
+    "NO_SHARED_CIPHER": "ECDHE with AES-GCM or ChaCha20 at the sender (BCP 195)",
+}
 
 RELEASE_REPLY = struct.pack(">BxLxxxx", PduType.A_RELEASE_RP, 4)
 

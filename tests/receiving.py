@@ -6,6 +6,7 @@ The pynetdicom peer goes below its own checks, so that it can send what no hones
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -59,7 +60,7 @@ def running(
 ) -> Iterator[Running]:
     """A receiver on a free port of the loopback; what is still open at the end is aborted after `grace_s`."""
     spool = Spool(folder, min_free_bytes)
-    receiver = Receiver(ScpSettings(port=0, **scp), sources, spool, vouching=vouching)
+    receiver = Receiver(ScpSettings(**{"port": 0} | scp), sources, spool, vouching=vouching)
     receiver.start()
     try:
         yield Running(receiver, spool, receiver.port)
@@ -119,6 +120,7 @@ def associate(
     calling_ae: str = SENDER,
     called_ae: str = "MEDPRUNER",
     max_pdu_bytes: int = 16382,
+    tls: ssl.SSLContext | None = None,
 ) -> Association:
     """Ask for an association with the given (class, transfer syntaxes); look at `is_established` for the answer."""
     entity = AE(calling_ae)
@@ -132,6 +134,7 @@ def associate(
         ae_title=called_ae,
         max_pdu=max_pdu_bytes,
         evt_handlers=[(evt.EVT_CONN_OPEN, _remember_connection)],
+        tls_args=None if tls is None else (tls, "127.0.0.1"),
     )
 
 

@@ -51,6 +51,11 @@ class ScpSettings(Section):
     ae_title: AETitle = "MEDPRUNER"
     host: str = "127.0.0.1"
     port: int = Field(default=11112, ge=0, le=65535)
+    tls_port: int | None = Field(default=None, ge=1, le=65535)
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_ca: Path | None = None
+    tls_minimum: Literal["1.2", "1.3"] = "1.2"
     max_associate_bytes: int = Field(default=1048576, ge=4096, le=1 << 24)
     max_pdu_bytes: int = Field(default=131072, ge=4096, le=1048576)
     max_command_bytes: int = Field(default=65536, ge=512, le=1 << 20)
@@ -61,6 +66,17 @@ class ScpSettings(Section):
     idle_timeout_s: float = Field(default=30, gt=0)
     pdu_timeout_s: float | None = Field(default=None, gt=0)
     accept_unknown_sources: bool = False
+
+    @model_validator(mode="after")
+    def tls_keys_fit_together(self) -> ScpSettings:
+        given = (self.tls_port is not None, self.tls_certificate is not None, self.tls_key is not None)
+        if any(given) != all(given):
+            raise ValueError("tls_port, tls_certificate and tls_key are given together, or all left out")
+        if self.tls_ca is not None and self.tls_port is None:
+            raise ValueError("tls_ca has no meaning without tls_port")
+        if self.tls_port == self.port:
+            raise ValueError("tls_port and port must differ; port = 0 switches the plain port off")
+        return self
 
 
 class SourceSettings(Section):
