@@ -181,6 +181,11 @@ class Acceptor:
             for listener in self._listeners
         ]
 
+    @property
+    def port(self) -> int:
+        """Where it listens without TLS; with TLS where there is no other."""
+        return (self.ports(secured=False) or self.ports(secured=True))[0]
+
     def ports(self, *, secured: bool) -> list[int]:
         """Where it listens, with TLS or without."""
         return [listener.port for listener in self._listeners if (listener.tls is not None) == secured]

@@ -264,7 +264,7 @@ class Receiver:
         """The bound port without TLS; the one with TLS where there is no other."""
         if self._acceptor is None:
             raise RuntimeError("the receiver has not been started")
-        return (self._acceptor.ports(secured=False) or self._acceptor.ports(secured=True))[0]
+        return self._acceptor.port
 
     def start(self) -> None:
         """Recover the spool, then listen.

@@ -1,12 +1,17 @@
 """Receiving, durably, against storescp, Orthanc and pynetdicom, which are interleaved in one run.
 
-`./run bench receive [ROUNDS]` prints Markdown tables. Every receiver gets each object once. Ours acknowledges what is
-durable; Orthanc syncs each file, storescp and pynetdicom's application sync nothing. For the replay dcmtk's receivers
-run without Nagle's algorithm (TCP_NODELAY=1), their best; for storescu everything runs as Debian ships it.
+`./run bench receive [--rounds N] [--objects CT,MR,small] [--senders replay,storescu,tls] [--associations 1,4,8]` prints
+Markdown tables, each row as soon as it is measured; a long run may be cut into several by these options. Every receiver
+gets each object once. Ours acknowledges what is durable, while ingest takes it into a database; Orthanc syncs each
+file, storescp and pynetdicom's application sync nothing. *sink* is no DICOM at all: a TCP server that writes each
+object to a file, flushes file and folder, and answers one byte: what the disk allows. For the replay dcmtk's
+receivers run without Nagle's algorithm (TCP_NODELAY=1), their best; for storescu everything runs as Debian ships it.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 import socket
@@ -15,13 +20,15 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Barrier, Event, Thread
+from typing import Any
 
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filewriter import dcmwrite
@@ -37,24 +44,27 @@ from pynetdicom import StoragePresentationContexts, build_context
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
 
+from service import assembly
 from service.receiver import Receiver
+from service.shared.db import open_engine, open_sessions
+from service.shared.durable import sync_folder
 from service.shared.log import set_up_logging
-from service.shared.settings import LogSettings, ScpSettings
+from service.shared.schema import upgrade
+from service.shared.settings import LogSettings, ScpSettings, Settings
 from service.spool import Spool
+from tests.certificates import authority, issue
 from tests.receiving import encode, p_data, store_command
 
-OURS, STORESCP, ORTHANC, PYNETDICOM = "ours", "storescp", "Orthanc", "pynetdicom"
+OURS, STORESCP, ORTHANC, PYNETDICOM, SINK = "ours", "storescp", "Orthanc", "pynetdicom", "sink"
 ASSOCIATIONS = (1, 4, 8)
-OBJECTS = {  # name -> class, rows and columns, how many for the replay in all, how many for each storescu
-    "CT": (CTImageStorage, 512, 48, 8),
-    "MR": (MRImageStorage, 256, 96, 8),
-    "small": (MRImageStorage, 70, 160, 8),
+OBJECTS = {  # name -> class, rows and columns, how many for the replay in all, how many for all storescu
+    "CT": (CTImageStorage, 512, 64, 56),
+    "MR": (MRImageStorage, 256, 128, 56),
+    "small": (MRImageStorage, 70, 240, 56),
 }
+SENDERS = ("replay", "storescu", "tls")
 MAX_PDU_BYTES = 131072
 ROOT_UID = "1.2.826.0.1.3680043.10.1.5"
-
-
-Sender = Callable[[int, "list[list[Sample]]", Path], float]
 
 
 @dataclass(frozen=True)
@@ -91,10 +101,19 @@ def samples(kind: str, number: int, study: str) -> list[Sample]:
 
 
 def command(name: str, folder: Path, port: int) -> list[str]:
-    if name == OURS:
-        return [sys.executable, "-m", "tests.bench.receive", "serve", str(folder), str(port)]
+    if name in (OURS, SINK):
+        return [
+            sys.executable,
+            "-m",
+            "tests.bench.receive",
+            "serve" if name == OURS else "sink",
+            str(folder),
+            str(port),
+        ]
     if name == STORESCP:
-        return ["storescp", "--fork", "+B", "-pdu", str(MAX_PDU_BYTES), "-od", str(folder), str(port)]
+        pair = os.environ.get("BENCH_TLS")
+        tls = ["+tls", f"{pair}.key", f"{pair}.pem", "-ic"] if pair else []
+        return ["/usr/bin/storescp", *tls, "--fork", "+B", "-pdu", str(MAX_PDU_BYTES), "-od", str(folder), str(port)]
     if name == PYNETDICOM:
         return [sys.executable, "-m", "pynetdicom", "storescp", str(port), "-q", "-od", str(folder)]
     settings = {"StorageDirectory": str(folder), "DicomPort": port, "HttpPort": free_port(), "Name": "bench"}
@@ -103,19 +122,69 @@ def command(name: str, folder: Path, port: int) -> list[str]:
 
 
 def serve(folder: str, port: str) -> None:
+    """Our receiver, and ingest beside it in a process of its own, as `./run serve` has them."""
     set_up_logging(LogSettings(level="WARNING"), role="bench")
-    scp = ScpSettings(port=int(port), ae_title="ANY-SCP", accept_unknown_sources=True, max_pdu_bytes=MAX_PDU_BYTES)
-    Receiver(scp, (), Spool(Path(folder) / "spool", 0)).start()
+    spool = Spool(Path(folder) / "spool", 0)
+    ports: dict[str, Any] = {"port": int(port)}
+    if pair := os.environ.get("BENCH_TLS"):
+        ports = {"port": 0, "tls_port": int(port), "tls_certificate": f"{pair}.pem", "tls_key": f"{pair}.key"}
+    scp = ScpSettings(ae_title="ANY-SCP", accept_unknown_sources=True, max_pdu_bytes=MAX_PDU_BYTES, **ports)
+    subprocess.Popen([sys.executable, "-m", "tests.bench.receive", "ingest", folder, str(os.getpid())])
+    Receiver(scp, (), spool).start()
     Event().wait()
 
 
+def take_in(folder: str, parent: str) -> None:
+    """Ingest, for as long as its receiver lives."""
+    set_up_logging(LogSettings(level="WARNING"), role="bench")
+    os.nice(5)
+    stop = Event()
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(0.2)
+        stop.set()
+
+    Thread(target=watch, daemon=True).start()
+    engine = open_engine(f"sqlite:///{folder}/bench.sqlite")
+    upgrade(engine)
+    assembly.ingest_for_ever(Settings(), open_sessions(engine), Spool(Path(folder) / "spool", 0), stop)
+
+
+def sink(folder: str, port: str) -> None:
+    """Length (4 bytes) and object in, one byte out once file and folder were flushed; a thread per connection."""
+    numbers = itertools.count()
+
+    def take(connection: socket.socket) -> None:
+        buffer = memoryview(bytearray(1 << 20))
+        with connection, suppress(ConnectionError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while True:
+                left = struct.unpack(">L", read(connection, 4))[0]
+                descriptor = os.open(f"{folder}/{next(numbers)}", os.O_WRONLY | os.O_CREAT, 0o600)
+                while left:
+                    count = connection.recv_into(buffer[: min(left, len(buffer))])
+                    if not count:
+                        return
+                    os.write(descriptor, buffer[:count])
+                    left -= count
+                os.fsync(descriptor)
+                os.close(descriptor)
+                sync_folder(Path(folder))
+                connection.sendall(b".")
+
+    with socket.create_server(("127.0.0.1", int(port)), backlog=64) as server:
+        while True:
+            Thread(target=take, args=(server.accept()[0],), daemon=True).start()
+
+
 @contextmanager
-def receivers(folder: Path, environment: dict[str, str]) -> Iterator[dict[str, int]]:
-    """All of them, by name and port."""
+def receivers(folder: Path, environment: dict[str, str], names: Sequence[str]) -> Iterator[dict[str, int]]:
+    """These of them, by name and port."""
     folder.mkdir()
     with ExitStack() as stack:
         ports = {}
-        for name in (OURS, STORESCP, ORTHANC, PYNETDICOM):
+        for name in names:
             own = folder / name
             own.mkdir()
             port = ports[name] = free_port()
@@ -150,7 +219,7 @@ def wait_for(port: int) -> None:
 # --- senders: seconds that it took to have everything acknowledged ---
 
 
-def storescu(port: int, groups: list[list[Sample]], folder: Path) -> float:
+def storescu(port: int, groups: list[list[Sample]], folder: Path, options: Sequence[str] = ()) -> float:
     """One unmodified storescu per group, Nagle's algorithm on; the time includes its start."""
     commands = []
     for number, group in enumerate(groups):
@@ -159,7 +228,9 @@ def storescu(port: int, groups: list[list[Sample]], folder: Path) -> float:
             own.mkdir(parents=True)
             for sample in group:
                 dcmwrite(own / f"{sample.sop_instance_uid}.dcm", with_meta(sample), enforce_file_format=True)
-        commands.append(["storescu", "-R", "-aec", "ANY-SCP", "+sd", "127.0.0.1", str(port), str(own)])
+        commands.append(
+            ["/usr/bin/storescu", "-R", *options, "-aec", "ANY-SCP", "+sd", "127.0.0.1", str(port), str(own)]
+        )
     begun = time.perf_counter()
     running = [subprocess.Popen(each, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for each in commands]
     if any(process.wait() for process in running):
@@ -178,24 +249,48 @@ def with_meta(sample: Sample) -> Dataset:
 
 def replay(port: int, groups: list[list[Sample]], _folder: Path) -> float:
     """One association per group with everything encoded before the clock starts."""
+
+    def send(group: list[Sample], begin: Barrier) -> None:
+        with associated(port) as (connection, max_pdu_bytes):
+            messages = [message(sample, max_pdu_bytes) for sample in group]
+            begin.wait()
+            for each in messages:
+                connection.sendall(each)
+                if not is_success(read_pdu(connection)):
+                    raise RuntimeError("an instance was refused")
+
+    return at_once(groups, send)
+
+
+def pour(port: int, groups: list[list[Sample]], _folder: Path) -> float:
+    """The same objects into the sink, a connection per group."""
+
+    def send(group: list[Sample], begin: Barrier) -> None:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            messages = [encode(sample.data_set) for sample in group]
+            begin.wait()
+            for each in messages:
+                connection.sendall(struct.pack(">L", len(each)) + each)
+                read(connection, 1)
+
+    return at_once(groups, send)
+
+
+def at_once(groups: list[list[Sample]], send: Callable[[list[Sample], Barrier], None]) -> float:
+    """Seconds from the moment when all are ready to the last answer."""
     begin = Barrier(len(groups) + 1)
     failures: list[BaseException] = []
 
-    def send(group: list[Sample]) -> None:
+    def run(group: list[Sample]) -> None:
         try:
-            with associated(port) as (connection, max_pdu_bytes):
-                messages = [message(sample, max_pdu_bytes) for sample in group]
-                begin.wait()
-                for each in messages:
-                    connection.sendall(each)
-                    if not is_success(read_pdu(connection)):
-                        raise RuntimeError("an instance was refused")
+            send(group, begin)
         except BaseException as error:
             failures.append(error)
             begin.abort()
             raise
 
-    threads = [Thread(target=send, args=(group,)) for group in groups]
+    threads = [Thread(target=run, args=(group,)) for group in groups]
     for thread in threads:
         thread.start()
     begin.wait()
@@ -277,17 +372,23 @@ def read(connection: socket.socket, size: int) -> bytes:
 # --- the tables ---
 
 
-def measure_rates(ports: dict[str, int], sender: str, send: Sender, rounds: int, folder: Path) -> None:
+def measure_rates(
+    ports: dict[str, int], sender: str, wanted: argparse.Namespace, folder: Path, options: Sequence[str] = ()
+) -> None:
     """Instances per second, median and range of the rounds."""
-    for kind, (_, _, replayed, sent_by_each) in OBJECTS.items():
-        for associations in ASSOCIATIONS:
+    for kind in wanted.objects:
+        _, _, replayed, by_storescu = OBJECTS[kind]
+        for associations in wanted.associations:
             rates: dict[str, list[float]] = {name: [] for name in ports}
-            for turn in range(rounds):
-                each = replayed // associations if send is replay else sent_by_each
+            for turn in range(wanted.rounds):
+                each = (replayed if sender == "replay" else by_storescu) // associations
                 groups = [samples(kind, each, f"{ROOT_UID}.{time.time_ns()}") for _ in range(associations)]
                 own = folder / f"files-{time.time_ns()}"
                 names = list(ports)
                 for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                    send = (
+                        pour if name == SINK else replay if sender == "replay" else partial(storescu, options=options)
+                    )
                     rates[name].append(each * associations / send(ports[name], groups, own))
             say(f"| {sender} | {kind} | {associations} | {row(rates)} |")
 
@@ -295,7 +396,7 @@ def measure_rates(ports: dict[str, int], sender: str, send: Sender, rounds: int,
 def row(rates: dict[str, list[float]]) -> str:
     medians = {name: statistics.median(found) for name, found in rates.items()}
     cells = [f"{medians[name]:.0f} ({min(found):.0f}-{max(found):.0f})" for name, found in rates.items()]
-    ratios = [f"{medians[OURS] / medians[name]:.2f}" for name in (STORESCP, ORTHANC)]
+    ratios = [f"{medians[OURS] / medians[name]:.2f}" for name in rates if name != OURS]
     return " | ".join((*cells, *ratios))
 
 
@@ -336,26 +437,62 @@ def say(line: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["serve"]:
-        serve(*arguments[1:])
+    if arguments[:1] in (["serve"], ["sink"], ["ingest"]):
+        {"serve": serve, "sink": sink, "ingest": take_in}[arguments[0]](*arguments[1:])
         return 0
-    rounds = int(arguments[0]) if arguments else 3
+    parser = argparse.ArgumentParser(prog="./run bench receive")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--objects", type=listed(OBJECTS), default=list(OBJECTS))
+    parser.add_argument("--senders", type=listed(SENDERS), default=list(SENDERS))
+    parser.add_argument(
+        "--associations", type=lambda text: [int(each) for each in text.split(",")], default=ASSOCIATIONS
+    )
+    wanted = parser.parse_args(arguments)
     begun = time.perf_counter()
     with TemporaryDirectory(prefix="bench-receive-") as name:
         folder = Path(name)
         load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
-        say(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} CPUs, load {load}, {rounds} rounds\n")
+        say(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} CPUs, load {load}, {wanted.rounds} rounds\n")
         measure_flush(folder)
-        names = (OURS, STORESCP, ORTHANC, PYNETDICOM)
-        say("| sender | objects | associations | " + " | ".join(names) + " | to storescp | to Orthanc |")
-        say("|---|---|---:|" + "---:|" * (len(names) + 2))
-        with receivers(folder / "quick", {"TCP_NODELAY": "1"}) as ports:
-            measure_rates(ports, "replay", replay, rounds, folder)
-        with receivers(folder / "as-shipped", {}) as ports:
-            measure_rates(ports, "storescu", storescu, rounds, folder)
-            measure_set_up(ports)
+        if "replay" in wanted.senders:
+            names = (OURS, SINK, STORESCP, ORTHANC, PYNETDICOM)
+            with receivers(folder / "quick", {"TCP_NODELAY": "1"}, names) as ports:
+                head(names)
+                measure_rates(ports, "replay", wanted, folder)
+        if "storescu" in wanted.senders:
+            names = (OURS, STORESCP, ORTHANC, PYNETDICOM)
+            with receivers(folder / "as-shipped", {}, names) as ports:
+                head(names)
+                measure_rates(ports, "storescu", wanted, folder)
+                measure_set_up(ports)
+        if "tls" in wanted.senders:
+            pair = issue(authority(folder), folder, "server")
+            names = (OURS, STORESCP)
+            with receivers(folder / "tls", {"BENCH_TLS": str(pair.key.with_suffix(""))}, names) as ports:
+                head(names)
+                options = ("+tls", str(pair.key), str(pair.certificate), "-ic")
+                measure_rates(ports, "storescu +tls", wanted, folder, options)
     say(f"\n{time.perf_counter() - begun:.0f} s in all; load at the end {os.getloadavg()[0]:.1f}")
     return 0
+
+
+def head(names: Sequence[str]) -> None:
+    compared = [f"to {name}" for name in names if name != OURS]
+    say("\n| sender | objects | associations | " + " | ".join((*names, *compared)) + " |")
+    say("|---|---|---:|" + "---:|" * (len(names) + len(compared)))
+
+
+def listed(known: Collection[str]) -> Callable[[str], list[str]]:
+    """An argument of names with commas between them, whatever their case."""
+    names = {each.lower(): each for each in known}
+
+    def parse(text: str) -> list[str]:
+        try:
+            return [names[each.lower()] for each in text.split(",")]
+        except KeyError:
+            raise argparse.ArgumentTypeError(f"known are {', '.join(known)}") from None
+
+    return parse
 
 
 if __name__ == "__main__":
