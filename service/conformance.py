@@ -135,6 +135,7 @@ def _application_entity(settings: Settings) -> Iterator[str]:
             ("Implementation Version Name", IMPLEMENTATION_VERSION_NAME),
             ("AE title", f"{scp.ae_title} (`[scp] ae_title`)"),
             ("Port", f"{scp.port} (`[scp] port`)"),
+            ("Port with TLS (`[scp] tls_port`)", "none" if scp.tls_port is None else str(scp.tls_port)),
             ("Maximum PDU received", f"{scp.max_pdu_bytes} bytes (`[scp] max_pdu_bytes`)"),
             ("Associations at one time", f"{scp.max_associations} (`[scp] max_associations`)"),
             ("Asynchronous operations", "none"),
@@ -410,7 +411,13 @@ def _text_and_uids() -> Iterator[str]:
 def _security_and_limits() -> Iterator[str]:
     yield "## 8. Security, and what is open"
     yield ""
+    yield (
+        "- Both as SCP (`[scp] tls_port`) and as SCU (`[[destination]] tls`): the BCP 195 RFC 8996, 9325 TLS Secure "
+        "Transport Connection Profile (PS3.15 B.12): TLS 1.2 or newer, ephemeral keys, authenticated encryption; "
+        "certificates of the peer are checked where an authority is configured."
+    )
     yield "- De-identification: none."
+    yield "- Storage commitment is asked for as SCU, not given as SCP."
     yield (
         "- IHE AI Results (AIR): designed to it, from what is quoted of Rev. 1.1 in public; Rev. 1.3 was not read. "
         "Held: Comprehensive 3D SR under TID 1500; Procedure Reported is the imaging procedure; each algorithm in "

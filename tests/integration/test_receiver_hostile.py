@@ -456,6 +456,9 @@ class Blocked:
         self.go.wait()
         return 0x0000
 
+    def dropped(self, address: str, peer: Peer | None, reason: str, remedy: str) -> None:
+        return None
+
     def closed(self, peer: Peer, released: bool) -> None:
         return None
 
