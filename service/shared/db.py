@@ -363,10 +363,14 @@ class UserAccount(Base):
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     name: Mapped[str] = mapped_column(String(64), unique=True)
-    password_hash: Mapped[str] = mapped_column(Text)  # argon2id, with its parameters and salt
+    password_hash: Mapped[str] = mapped_column(Text)  # argon2id, with its parameters and salt; "": has no password
+    issuer: Mapped[str | None] = mapped_column(String(255))  # whose sign-in service knows this person; None: ours
+    subject: Mapped[str | None] = mapped_column(String(255))  # the person's identifier there
     role: Mapped[Role] = mapped_column(_states(Role, "role"))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime())
     removed_at: Mapped[datetime | None] = mapped_column(UtcDateTime())
+
+    __table_args__ = (UniqueConstraint("issuer", "subject"),)
 
 
 class WebSession(Base):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -32,6 +33,8 @@ ENVIRONMENT_PREFIX = "MEDPRUNER__"
 AETitle = Annotated[str, Field(max_length=16, pattern=r"^[!-\[\]-~]([ -\[\]-~]*[!-\[\]-~])?$")]
 
 MailAddress = Annotated[str, Field(pattern=r"^[!-?A-~]+@[!-?A-~]+$")]  # no white space: it ends up in a header
+HttpAddress = Annotated[str, Field(pattern=r"^https?://[^\s?#]+$")]
+HeaderName = Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")]  # RFC 9110 5.1
 
 
 class ConfigurationError(Exception):
@@ -303,12 +306,45 @@ class WebSettings(Section):
     session_hours: float = Field(default=12, gt=0)
     session_idle_min: float = Field(default=30, gt=0)
     metrics_addresses: tuple[IPvAnyNetwork, ...] = ()
+    public_url: HttpAddress | None = None
+    role_mapping: dict[str, Literal["viewer", "operator", "auditor"]] = {}
+    oidc_issuer: HttpAddress | None = None
+    oidc_client_id: str | None = None
+    oidc_client_secret_file: Path | None = None
+    oidc_scope: str = "openid profile"
+    oidc_user_claim: str = "preferred_username"
+    oidc_role_claim: str = "roles"
+    oidc_ca: Path | None = None
+    proxy_user_header: HeaderName | None = None
+    proxy_role_header: HeaderName | None = None
+    proxy_addresses: tuple[IPvAnyNetwork, ...] = ()
 
     @model_validator(mode="after")
     def certificate_and_key_come_together(self) -> WebSettings:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key are given together, or both left out")
         return self
+
+    @model_validator(mode="after")
+    def sign_in_elsewhere_is_whole(self) -> WebSettings:
+        if self.oidc_issuer is not None:
+            if self.oidc_client_id is None or self.public_url is None:
+                raise ValueError("oidc_issuer needs oidc_client_id and public_url (where it sends people back to)")
+            if not self.role_mapping:
+                raise ValueError("oidc_issuer needs role_mapping, else nobody has a role")
+            if not self.oidc_issuer.startswith("https://") and not _is_loopback(self.oidc_issuer):
+                raise ValueError("oidc_issuer must begin with https://, unless it is on this machine")
+        proxy = (self.proxy_user_header, self.proxy_role_header, self.proxy_addresses or None)
+        if any(one is not None for one in proxy) and any(one is None for one in proxy):
+            raise ValueError(
+                "proxy_user_header, proxy_role_header and proxy_addresses are given together or not at all"
+            )
+        return self
+
+    @property
+    def signs_in_elsewhere(self) -> bool:
+        """Whether people may come in without a local user."""
+        return self.oidc_issuer is not None or self.proxy_user_header is not None
 
 
 class AuditSettings(Section):
@@ -484,6 +520,10 @@ def route_destinations(settings: Settings, route: RouteSettings) -> tuple[Destin
         for destination in settings.destination
         if route.destinations is None or destination.name in route.destinations
     )
+
+
+def _is_loopback(address: str) -> bool:
+    return urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 def _read(path: Path | None) -> tuple[dict[str, Any], str]:

@@ -23,6 +23,8 @@ from service.shared.db import Role
 from service.shared.settings import Settings
 from service.web import accounts
 from service.web.accounts import SignedIn, Throttle
+from service.web.oidc import SignInService
+from service.web.proxy import ProxySignIn
 
 COOKIE = "medpruner_session"
 CSRF_HEADER = "X-CSRF-Token"
@@ -54,6 +56,13 @@ class Web:
     loopback: bool  # listens on loopback only
     throttle: Throttle = field(default_factory=Throttle)
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    proxy: ProxySignIn = field(init=False)
+    sign_in_service: SignInService | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        web = self.settings.web
+        self.proxy = ProxySignIn(web)
+        self.sign_in_service = SignInService(web) if web.oidc_issuer is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +80,11 @@ class Visitor:
         return self.who is not None and permission in PERMISSIONS[self.who.role]
 
     @property
+    def can_sign_out(self) -> bool:
+        """Here; whom a proxy signed in signs out there."""
+        return self.who is not None and self.who.secret_sha256 != ""
+
+    @property
     def sees_content(self) -> bool:
         return self.may(Permission.CONTENT)
 
@@ -86,6 +100,8 @@ def the_web(request: Request) -> Web:
 def find_visitor(request: Request, cookie: str | None, bearer: str | None) -> Visitor | None:
     """The visitor; None when somebody must sign in first."""
     web = the_web(request)
+    if bearer is None and (named := _named_by_proxy(web, request)) is not None:
+        return named
     secret = bearer or cookie
     with web.reading() as session:
         if secret:
@@ -100,8 +116,27 @@ def find_visitor(request: Request, cookie: str | None, bearer: str | None) -> Vi
                         accounts.touch(writing, who, now=now)
                 return Visitor(who, None if who.is_token else accounts.csrf_token(secret))
         # a name that is not loopback's own, on a loopback address, is another site's (DNS rebinding)
-        nobody = web.loopback and request.url.hostname in LOOPBACK_NAMES and accounts.count_users(session) == 0
+        nobody = (
+            web.loopback
+            and not web.settings.web.signs_in_elsewhere
+            and request.url.hostname in LOOPBACK_NAMES
+            and accounts.count_users(session) == 0
+        )
     return Visitor(None) if nobody else None
+
+
+def _named_by_proxy(web: Web, request: Request) -> Visitor | None:
+    """Whom a trusted proxy names; the first request of a while is a sign-in and audited."""
+    proxied = web.proxy.person(request)
+    if proxied is None:
+        return None
+    who = Visitor(SignedIn(proxied.name, proxied.role, "", False), proxied.csrf)
+    now = web.clock()
+    if web.proxy.is_new(proxied.name, now):
+        address = request.client.host if request.client else "unknown"
+        with web.sessions.begin() as session:
+            audit.append(session, AuditKind.SIGNED_IN, now=now, actor=who.actor, address=address, by="proxy")
+    return who
 
 
 def visitor(

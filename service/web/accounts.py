@@ -8,7 +8,7 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cache
@@ -63,7 +63,7 @@ def add_user(session: Session, name: str, password: str, role: Role, *, now: dat
     if session.scalar(select(UserAccount.id).where(UserAccount.name == name)) is not None:
         raise AccountError(f"user name {name!r} is taken, or was: names of removed users stay theirs in the history")
     hashed = _hash(password)
-    session.add(UserAccount(name=name, password_hash=hashed, role=role, created_at=now, removed_at=None))
+    session.add(UserAccount(name=name, password_hash=hashed, role=role, created_at=now))
     audit.append(session, AuditKind.USER_ADDED, now=now, actor=actor, user=name, role=role.value)
 
 
@@ -72,6 +72,8 @@ def change_user(
 ) -> None:
     """Set a new password or role; every session and token of the user ends."""
     user = _user(session, name)
+    if user.issuer is not None:
+        raise AccountError(f"{name!r} signs in at {user.issuer}; password and role are decided there")
     if password is not None:
         user.password_hash = _hash(password)
     if role is not None:
@@ -113,6 +115,48 @@ def sign_in(session: Session, name: str, password: str, *, now: datetime, life: 
     secret = _open(session, user, now, now + life, is_token=False)
     audit.append(session, AuditKind.SIGNED_IN, now=now, actor=f"web/{name}", address=address)
     return secret
+
+
+def admit(
+    session: Session,
+    name: str,
+    role: Role,
+    *,
+    issuer: str,
+    subject: str,
+    now: datetime,
+    life: timedelta,
+    address: str,
+) -> str:
+    """Open a session for a person whom a sign-in service vouches for: its secret. The first time makes an account.
+
+    AccountError when the name is another person's here, or this person was removed.
+    """
+    if not NAME.fullmatch(name):
+        raise AccountError("the user name of the sign-in service is not of a-z 0-9 . _ @ -; see oidc_user_claim")
+    user = session.scalar(select(UserAccount).where(UserAccount.issuer == issuer, UserAccount.subject == subject))
+    if user is None:
+        if session.scalar(select(UserAccount.id).where(UserAccount.name == name)) is not None:
+            raise AccountError("the user name of the sign-in service is another person's here")
+        user = UserAccount(name=name, password_hash="", issuer=issuer, subject=subject, role=role, created_at=now)
+        session.add(user)
+        session.flush()
+        audit.append(session, AuditKind.USER_ADDED, now=now, actor="web/oidc", user=name, role=role.value)
+    if user.removed_at is not None:
+        raise AccountError("this person was removed here; an administrator may not have meant to let them in again")
+    if user.role is not role:
+        user.role = role
+        session.execute(delete(WebSession).where(WebSession.user_id == user.id))
+        audit.append(session, AuditKind.USER_CHANGED, now=now, actor="web/oidc", user=user.name, role=role.value)
+    secret = _open(session, user, now, now + life, is_token=False)
+    audit.append(session, AuditKind.SIGNED_IN, now=now, actor=f"web/{user.name}", address=address, by="oidc")
+    return secret
+
+
+def best_role(names: Iterable[str], mapping: Mapping[str, str]) -> Role | None:
+    """The role with the most rights among those that these names stand for; None: none of them does."""
+    meant = {mapping[name] for name in names if name in mapping}
+    return next((role for role in (Role.OPERATOR, Role.VIEWER, Role.AUDITOR) if role.value in meant), None)
 
 
 def sign_out(session: Session, who: SignedIn, *, now: datetime) -> None:

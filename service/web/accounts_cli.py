@@ -54,7 +54,8 @@ def make_user_app(
         with open_sessions(config)() as session:
             users = accounts.list_users(session)
         for user in users:
-            typer.echo(f"{user.name:<24} {user.role.value:<9} since {user.created_at:%Y-%m-%d}")
+            at = f", signs in at {user.issuer}" if user.issuer else ""
+            typer.echo(f"{user.name:<24} {user.role.value:<9} since {user.created_at:%Y-%m-%d}{at}")
         if not users:
             typer.echo("No users: the web answers on loopback only and shows no patient identifiers.")
 

@@ -73,7 +73,7 @@ def serve_web(settings: Settings, sessions: sessionmaker[Session], stop: Event) 
     with sessions() as session:
         users = accounts.count_users(session)
     host = settings.web.host
-    if not users and not is_loopback(host):
+    if not users and not settings.web.signs_in_elsewhere and not is_loopback(host):
         log.warning("web_on_loopback_only", reason="there are no users", remedy="`./run user add NAME`, then restart")
         host = "127.0.0.1"
     if not is_loopback(host) and settings.web.tls_certificate is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hmac
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
+import structlog
 from fastapi import APIRouter, FastAPI, Form, HTTPException, Query, Request, Response
 from fastapi.exception_handlers import http_exception_handler, request_validation_exception_handler
 from fastapi.exceptions import RequestValidationError
@@ -17,18 +19,21 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from service import chain
 from service.report.words import NOTICES
-from service.shared import VERSION
+from service.shared import VERSION, audit
 from service.shared.audit import AuditKind
 from service.shared.db import Analysis, AuditEvent, Study
 from service.shared.messages import AnalysisOutput, Flag
 from service.shared.settings import leaves
 from service.web import accounts, images, queries
 from service.web.access import COOKIE, Permission, Visitor, Web, find_visitor, record_view, the_web
+from service.web.accounts import AccountError
 from service.web.health import check_all
+from service.web.oidc import CALLBACK, NotSignedIn
 from service.web.queries import Narrowing, StudyFilter
 from service.web.schemas import AnalysisOut
 from service.web.stories import study_story, study_summary
 
+STATE_COOKIE = "medpruner_oidc"
 PAGE = 25
 EVENTS = 60
 WORST_FIRST = ("failed", "refused", "quarantined", "rejected", "pending")
@@ -37,6 +42,7 @@ FUNNEL = (
     ("Visual tokens", (("tokens_in", "in all slices"), ("tokens_kept", "kept"))),
 )
 
+log = structlog.get_logger(__name__)
 router = APIRouter(include_in_schema=False)
 templates = Jinja2Templates(Path(__file__).parent / "templates")
 
@@ -46,9 +52,7 @@ templates = Jinja2Templates(Path(__file__).parent / "templates")
 
 @router.get("/login")
 def login_page(request: Request, following: Annotated[str, Query(alias="next", max_length=512)] = "/") -> Response:
-    with the_web(request).reading() as session:
-        users = accounts.count_users(session)
-    return _page(request, "login.html", None, following=_inside(following), users=users)
+    return _login_page(request, following)
 
 
 @router.post("/login")
@@ -67,7 +71,7 @@ def login(
     wait = web.throttle.wait_s(keys, now)
     if wait > 0:
         said = f"Too many failed attempts. Try again in {round(wait) + 1} s."
-        response = _page(request, "login.html", None, status=429, following=_inside(following), users=1, fault=said)
+        response = _login_page(request, following, status=429, fault=said)
         response.headers["Retry-After"] = str(round(wait) + 1)
         return response
     life = timedelta(hours=web.settings.web.session_hours)
@@ -76,18 +80,77 @@ def login(
     if secret is None:
         web.throttle.failed(keys, now)
         said = "Name or password is wrong."
-        return _page(request, "login.html", None, status=401, following=_inside(following), users=1, fault=said)
+        return _login_page(request, following, status=401, fault=said)
     web.throttle.succeeded(keys)
-    redirect = RedirectResponse(_inside(following), 303)
-    redirect.set_cookie(
-        COOKIE,
-        secret,
-        max_age=int(life.total_seconds()),
-        httponly=True,
-        samesite="lax",  # strict would sign people out who follow a link from their RIS
-        secure=request.url.scheme == "https",
+    return _signed_in(request, secret, following)
+
+
+@router.get("/login/oidc")
+def login_elsewhere(request: Request, following: Annotated[str, Query(alias="next", max_length=512)] = "/") -> Response:
+    """To the hospital's sign-in service; it sends the browser back to the address below."""
+    web = the_web(request)
+    if web.sign_in_service is None:
+        raise HTTPException(404, "There is no such page.")
+    try:
+        address, state = web.sign_in_service.begin(_inside(following), web.clock())
+    except NotSignedIn as error:
+        log.warning("oidc_not_begun", reason=str(error))
+        return _login_page(request, following, status=502, fault=f"Not possible now: {error}.")
+    redirect = RedirectResponse(address, 303)
+    redirect.set_cookie(  # the one who comes back is the one who went
+        STATE_COOKIE, state, max_age=600, path="/login", httponly=True, samesite="lax", secure=_is_secure(request)
     )
     return redirect
+
+
+@router.get(CALLBACK)
+def login_from_elsewhere(
+    request: Request,
+    state: Annotated[str, Query(max_length=128)] = "",
+    code: Annotated[str, Query(max_length=4096)] = "",
+    error: Annotated[str, Query(max_length=128)] = "",
+    issuer: Annotated[str | None, Query(alias="iss", max_length=512)] = None,
+) -> Response:
+    """From the sign-in service, with a code for this one sign-in. Every failure is audited and says why."""
+    web = the_web(request)
+    if web.sign_in_service is None:
+        raise HTTPException(404, "There is no such page.")
+    settings, now = web.settings.web, web.clock()
+    address = request.client.host if request.client else "unknown"
+    keys = (f"address {address}",)
+    if web.throttle.wait_s(keys, now) > 0:
+        return _login_page(request, "/", status=429, fault="Too many failed attempts. Try again later.")
+    try:
+        if not hmac.compare_digest(state.encode(), request.cookies.get(STATE_COOKIE, "").encode()) or not state:
+            raise NotSignedIn("this sign-in was not begun in this browser; please begin again")
+        if issuer is not None and issuer != settings.oidc_issuer:  # RFC 9207
+            raise NotSignedIn("the answer is of another sign-in service")
+        if error:
+            raise NotSignedIn("the sign-in service said no")
+        person, following = web.sign_in_service.finish(state, code, now)
+        role = accounts.best_role(person.roles, settings.role_mapping)
+        if role is None:
+            raise NotSignedIn("you have no role here; an administrator sets [web] role_mapping")
+        with web.sessions.begin() as session:
+            secret = accounts.admit(
+                session,
+                person.name,
+                role,
+                issuer=settings.oidc_issuer or "",
+                subject=person.subject,
+                now=now,
+                life=timedelta(hours=settings.session_hours),
+                address=address,
+            )
+    except (NotSignedIn, AccountError) as refused:
+        web.throttle.failed(keys, now)
+        log.warning("oidc_refused", reason=str(refused))
+        with web.sessions.begin() as session:
+            audit.append(session, AuditKind.SIGN_IN_FAILED, now=now, actor="web", address=address, by="oidc")
+        return _login_page(request, "/", status=401, fault=f"Not signed in: {refused}.")
+    response = _signed_in(request, secret, following)
+    response.delete_cookie(STATE_COOKIE, path="/login")
+    return response
 
 
 @router.post("/logout")
@@ -272,6 +335,42 @@ def handle_errors(app: FastAPI) -> None:
 
 
 # --- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _login_page(request: Request, following: str, status: int = 200, fault: str | None = None) -> Response:
+    web = the_web(request)
+    with web.reading() as session:
+        users = accounts.count_users(session)
+    issuer = web.settings.web.oidc_issuer
+    return _page(
+        request,
+        "login.html",
+        None,
+        status=status,
+        following=_inside(following),
+        users=users,
+        fault=fault,
+        elsewhere=urlsplit(issuer).hostname if issuer else None,
+    )
+
+
+def _signed_in(request: Request, secret: str, following: str) -> Response:
+    redirect = RedirectResponse(_inside(following), 303)
+    redirect.set_cookie(
+        COOKIE,
+        secret,
+        max_age=int(the_web(request).settings.web.session_hours * 3600),
+        httponly=True,
+        samesite="lax",  # strict would sign people out who follow a link from their RIS
+        secure=_is_secure(request),
+    )
+    return redirect
+
+
+def _is_secure(request: Request) -> bool:
+    """Whether browsers reach this over TLS, be it ours or a proxy's."""
+    public = the_web(request).settings.web.public_url or ""
+    return request.url.scheme == "https" or public.startswith("https://")
 
 
 def _page(request: Request, name: str, who: Visitor | None, status: int = 200, **content: Any) -> Response:
