@@ -30,6 +30,7 @@ from service.shared.db import (
     open_engine,
     open_sessions,
 )
+from service.shared.heartbeat import Presence
 from service.shared.messages import (
     TOKEN_CODES,
     AnalysisOutput,
@@ -288,6 +289,23 @@ def output(*, analysis_id: int = 1, **changes: Any) -> AnalysisOutput:
         "arrays_sha256": "2" * 64,
     }
     return AnalysisOutput(**(fields | changes))
+
+
+def presence(name: str = "gpu01/7", *, parent: int = 1) -> Presence:
+    """What a worker says of itself; `name` is host/process id."""
+    return Presence(
+        name=name,
+        host=name.partition("/")[0],
+        process=int(name.partition("/")[2]),
+        parent_process=parent,
+        device="cuda:0",
+        device_name="NVIDIA H100 80GB HBM3",
+        memory_bytes=80 * 10**9,
+        memory_used_bytes=10**9,
+        model="medgemma",
+        weights_sha256="1" * 64,
+        software_version="0.1.0",
+    )
 
 
 def arrays() -> RetentionArrays:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 UPGRADE_LOCK = 20_261_123  # any number that no other program uses on this PostgreSQL
@@ -33,8 +34,17 @@ def check(engine: Engine) -> None:
 
 def is_current(engine: Engine) -> bool:
     with engine.begin() as connection:
-        present = MigrationContext.configure(connection).get_current_revision()
-    return present == ScriptDirectory.from_config(_config()).get_current_head()
+        return is_current_on(connection)
+
+
+def is_current_on(connection: Connection) -> bool:
+    """Within the caller's transaction."""
+    return MigrationContext.configure(connection).get_current_revision() == _head()
+
+
+@cache
+def _head() -> str | None:
+    return ScriptDirectory.from_config(_config()).get_current_head()
 
 
 def _run(engine: Engine, verb: object, revision: str) -> None:

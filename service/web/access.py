@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from threading import Lock
 from typing import Annotated, cast
 
 from fastapi import Depends, HTTPException, Request, Security
@@ -29,6 +30,8 @@ from service.web.proxy import ProxySignIn
 COOKIE = "medpruner_session"
 CSRF_HEADER = "X-CSRF-Token"
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]", "::1", "testserver"}
+MOST_VIEWS = 10_000
+ONE_LOOK = timedelta(minutes=10)
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -47,6 +50,23 @@ PERMISSIONS: dict[Role, frozenset[Permission]] = {
 
 
 @dataclass(slots=True)
+class RecentViews:
+    """Who looked at which study lately: the many requests of one look are one view in the audit."""
+
+    _seen: dict[tuple[str, int], datetime] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+
+    def is_new(self, actor: str, study_id: int, now: datetime) -> bool:
+        """Whether this begins a look of its own."""
+        with self._lock:
+            last = self._seen.pop((actor, study_id), None)
+            self._seen[actor, study_id] = now
+            while len(self._seen) > MOST_VIEWS:
+                del self._seen[next(iter(self._seen))]
+        return last is None or now - last >= ONE_LOOK
+
+
+@dataclass(slots=True)
 class Web:
     """What every request needs; lives in `app.state.web`."""
 
@@ -56,6 +76,7 @@ class Web:
     loopback: bool  # listens on loopback only
     throttle: Throttle = field(default_factory=Throttle)
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    recent_views: RecentViews = field(default_factory=lambda: RecentViews())
     proxy: ProxySignIn = field(init=False)
     sign_in_service: SignInService | None = field(init=False)
 
@@ -174,7 +195,15 @@ ConfigurationReader = Annotated[Visitor, Depends(_need(Permission.CONFIGURATION)
 TheWeb = Annotated[Web, Depends(the_web)]
 
 
+def record_look(web: Web, who: Visitor, study_id: int, analysis_id: int) -> None:
+    """A part of a study is shown, a slice for instance: on record unless this visitor looked at it a moment ago."""
+    if web.recent_views.is_new(who.actor, study_id, web.clock()):
+        record_view(web, AuditKind.STUDY_VIEWED, who, study_id=study_id, analysis_id=analysis_id)
+
+
 def record_view(web: Web, kind: AuditKind, who: Visitor, **what: int | str) -> None:
     """Put on record that somebody looked, before anything is shown."""
+    if kind is AuditKind.STUDY_VIEWED:
+        web.recent_views.is_new(who.actor, int(what["study_id"]), web.clock())
     with web.sessions.begin() as session:
         audit.append(session, kind, now=web.clock(), actor=who.actor, **what)  # type: ignore[arg-type]

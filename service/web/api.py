@@ -6,19 +6,22 @@ from datetime import timedelta
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter, Body, HTTPException, Path, Query, Request, Response
+from numpy.typing import NDArray
 from pydantic import AwareDatetime, BaseModel
 from pydicom import dcmread
 from pydicom.dataset import FileDataset
 from sqlalchemy.orm import Session
 
-from service import commands
+from service import commands, refusals
 from service.report.readable import readable
 from service.shared import transitions
 from service.shared.audit import AuditKind
 from service.shared.db import Analysis, AnalysisState, Delivery, DeliveryState, Result, Study
 from service.shared.durable import digest
-from service.shared.settings import leaves
+from service.shared.messages import AnalysisOutput, RetentionArrays
+from service.shared.settings import leaves, spool_folder
 from service.web import images, queries
 from service.web.access import (
     AnyVisitor,
@@ -29,6 +32,7 @@ from service.web.access import (
     TheWeb,
     Visitor,
     Web,
+    record_look,
     record_view,
 )
 from service.web.queries import Narrowing, StudyFilter
@@ -36,6 +40,8 @@ from service.web.schemas import (
     AnalysisOut,
     AnalysisPage,
     AnalysisSummary,
+    AnswerOut,
+    Answers,
     ChartPoint,
     Charts,
     Configuration,
@@ -49,6 +55,8 @@ from service.web.schemas import (
     EventPage,
     Overview,
     Problem,
+    RefusalOut,
+    RefusalsOut,
     ResultOut,
     RetentionOut,
     StudyOut,
@@ -168,6 +176,7 @@ def get_retention(request: Request, web: TheWeb, who: AnyVisitor, analysis_id: I
     with web.reading() as session:
         analysis = _get(session, Analysis, analysis_id)
     output, arrays = _output(web, analysis)
+    record_look(web, who, analysis.study_id, analysis_id)
     return _answer(request, RetentionOut.model_validate(images.retention_map(output, arrays)))
 
 
@@ -179,16 +188,42 @@ def get_retention(request: Request, web: TheWeb, who: AnyVisitor, analysis_id: I
 )
 def get_frame(web: TheWeb, who: Reader, analysis_id: Id, index: Annotated[int, Path(ge=0, lt=2**31)]) -> Response:
     """Pixels of one slice of the series that was read: row-major int16, HU for CT; `X-Rows` and `X-Columns`."""
-    with web.reading() as session:
-        analysis = _get(session, Analysis, analysis_id)
-        output, _ = _output(web, analysis)
-        try:
-            pixels = images.frame(session, web.settings, analysis, output, index)
-        except images.NotShowable as error:
-            raise HTTPException(404, str(error)) from error
+    _, _, pixels = _frame(web, who, analysis_id, index)
     rows, columns = pixels.shape
     headers = {"X-Rows": str(rows), "X-Columns": str(columns), "Cache-Control": "no-store"}
     return Response(pixels.tobytes(), media_type="application/octet-stream", headers=headers)
+
+
+@router.get(
+    "/analyses/{analysis_id}/maps/{index}",
+    responses=NOT_THERE | {200: {"content": {"image/png": {}}, "description": "PNG, on the grid of the slice"}},
+    response_class=Response,
+    tags=["look"],
+)
+def get_map(
+    web: TheWeb,
+    who: Reader,
+    analysis_id: Id,
+    index: Annotated[int, Path(ge=0, lt=2**31)],
+    centre: Annotated[float | None, Query(ge=-32768, le=32767, description="of the window; with `width`")] = None,
+    width: Annotated[float | None, Query(ge=1, le=65535)] = None,
+) -> Response:
+    """One slice as a picture: kept patches clear, merged ones blue, dropped ones dark red, an orange frame around a
+    slice that the model never got. The same picture as in the Secondary Capture."""
+    output, arrays, pixels = _frame(web, who, analysis_id, index)
+    window = (centre, width) if centre is not None and width is not None else None
+    content = images.map_png(output, arrays, pixels, index, window)
+    return Response(content, media_type="image/png", headers={"Cache-Control": "no-store"})
+
+
+@router.get("/analyses/{analysis_id}/answers", responses=NOT_THERE | NOT_CHANGED, response_model=Answers, tags=["look"])
+def get_answers(request: Request, web: TheWeb, who: Reader, analysis_id: Id) -> Response:
+    """The closed questions that the model was asked, and how probable it held each allowed answer."""
+    with web.reading() as session:
+        analysis = _get(session, Analysis, analysis_id)
+    output, _ = _output(web, analysis)
+    record_look(web, who, analysis.study_id, analysis_id)
+    return _answer(request, Answers(items=[AnswerOut.model_validate(one) for one in output.answers]))
 
 
 @router.get("/results/{result_id}", responses=NOT_THERE | NOT_CHANGED, response_model=ResultOut, tags=["look"])
@@ -285,6 +320,15 @@ def get_destinations(request: Request, web: TheWeb, who: AnyVisitor) -> Response
     return _answer(request, Destinations(items=[DestinationOut.model_validate(one) for one in found]))
 
 
+@router.get("/refusals", responses=NOT_CHANGED, response_model=RefusalsOut, tags=["look"])
+def get_refusals(
+    request: Request, web: TheWeb, who: AnyVisitor, hours: Annotated[int, Query(ge=1, le=720)] = 24
+) -> Response:
+    """Associations and instances that the receiver refused lately, each with the line that would let it in."""
+    found = refusals.recent(spool_folder(web.settings), web.clock() - timedelta(hours=hours))
+    return _answer(request, RefusalsOut(items=[RefusalOut.model_validate(one) for one in found]))
+
+
 @router.get("/events", responses=NOT_CHANGED, response_model=EventPage, tags=["look"])
 def get_events(
     request: Request,
@@ -363,6 +407,26 @@ def post_resend(web: TheWeb, who: Operator, delivery_id: Id) -> Done:
     return Done(done=[f"result {delivery.result_id} is on its way to {delivery.destination} again"])
 
 
+@router.post(
+    "/results/{result_id}/resend",
+    responses=NOT_THERE | {409: {"model": Problem, "description": "It cannot be sent"}},
+    tags=["change"],
+)
+def post_result_resend(
+    web: TheWeb, who: Operator, result_id: Id, destination: Annotated[str, Body(embed=True, max_length=32)]
+) -> Done:
+    """Send the stored bytes to a destination, again or for the first time."""
+    result, path = _result_path(web, result_id)
+    if destination not in {one.name for one in web.settings.destination}:
+        raise HTTPException(404, "no [[destination]] has this name")
+    _stored(path, result)
+    with web.sessions.begin() as session:
+        sent = transitions.resend_result(session, result_id, destination, now=web.clock(), actor=who.actor)
+    if sent is None:
+        raise HTTPException(409, "a result that did not pass the gate is never sent")
+    return Done(done=[f"result {result_id} is on its way to {destination}"])
+
+
 class Standing(BaseModel):
     """What a destination should be."""
 
@@ -413,11 +477,25 @@ def _cursor(row_id: int | None) -> str | None:
     return None if row_id is None else str(row_id)
 
 
-def _output(web: Web, analysis: Analysis) -> tuple[Any, Any]:
+def _output(web: Web, analysis: Analysis) -> tuple[AnalysisOutput, RetentionArrays]:
     try:
         return images.read_output(web.settings, analysis)
     except images.NotShowable as error:
         raise HTTPException(404, str(error)) from error
+
+
+def _frame(
+    web: Web, who: Visitor, analysis_id: int, index: int
+) -> tuple[AnalysisOutput, RetentionArrays, NDArray[np.int16]]:
+    with web.reading() as session:
+        analysis = _get(session, Analysis, analysis_id)
+        output, arrays = _output(web, analysis)
+        try:
+            pixels = images.frame(session, web.settings, analysis, output, index)
+        except images.NotShowable as error:
+            raise HTTPException(404, str(error)) from error
+    record_look(web, who, analysis.study_id, analysis_id)
+    return output, arrays, pixels
 
 
 def _result_path(web: Web, result_id: int) -> tuple[Result, FilePath]:

@@ -5,11 +5,13 @@ Knows DICOM pixels and the worker's output; nothing of HTTP.
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_modality_lut
@@ -17,10 +19,14 @@ from pydicom.pixels.utils import pixel_array
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from service.report.coverage import cover, is_shown
+from service.report.retention_map import caption, paint
 from service.shared.db import Analysis, Instance
 from service.shared.messages import AnalysisOutput, RetentionArrays, load_output
 from service.shared.settings import Settings, spool_folder
 
+Window = tuple[float, float]  # centre, width
+CT_WINDOW_HU: Window = (40.0, 400.0)
 LARGEST_FRAME_PIXELS = 4096 * 4096  # what one request may make us decode
 
 
@@ -96,6 +102,33 @@ def frame(
         raise
     except Exception as error:  # decoders raise anything on damaged data, and quote it
         raise NotShowable(f"the image cannot be decoded here ({type(error).__name__})") from error
+
+
+def map_png(
+    output: AnalysisOutput, arrays: RetentionArrays, pixels: NDArray[np.int16], index: int, window: Window | None
+) -> bytes:
+    """One slice as a PNG with what the model was and was not given, as the Secondary Capture draws it.
+
+    pixels: as `frame` gives them; window: centre and width, else soft tissue for CT and the 1st to 99th percentile.
+    """
+    source = output.retention.sources[index]
+    low, high = _limits(pixels, output.modality, window)
+    grey = np.clip((pixels.astype(np.float32) - low) * (255 / max(high - low, 1)), 0, 255).astype(np.uint8)
+    said = caption(output.retention, source, index + 1)
+    picture = paint(grey, cover(output.retention, arrays, source, grey.shape), said, is_shown(source))
+    content = BytesIO()
+    Image.fromarray(picture).save(content, "PNG")
+    return content.getvalue()
+
+
+def _limits(pixels: NDArray[np.int16], modality: str, window: Window | None) -> tuple[float, float]:
+    if window is None and modality == "CT":
+        window = CT_WINDOW_HU
+    if window is not None:
+        centre, width = window
+        return centre - width / 2, centre + width / 2
+    low, high = np.percentile(pixels, (1, 99))
+    return float(low), float(high)
 
 
 def _path(session: Session, analysis: Analysis, sop_instance_uid: str, spool: Path) -> Path:

@@ -17,13 +17,13 @@ from fastapi.responses import RedirectResponse
 from fastapi.templating import Jinja2Templates
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from service import chain
+from service import chain, refusals
 from service.report.words import NOTICES
 from service.shared import VERSION, audit
 from service.shared.audit import AuditKind
 from service.shared.db import Analysis, AuditEvent, Study
 from service.shared.messages import AnalysisOutput, Flag
-from service.shared.settings import leaves
+from service.shared.settings import leaves, spool_folder
 from service.web import accounts, images, queries
 from service.web.access import COOKIE, Permission, Visitor, Web, find_visitor, record_view, the_web
 from service.web.accounts import AccountError
@@ -36,7 +36,15 @@ from service.web.stories import study_story, study_summary
 STATE_COOKIE = "medpruner_oidc"
 PAGE = 25
 EVENTS = 60
+MOST_REFUSALS = 5
 WORST_FIRST = ("failed", "refused", "quarantined", "rejected", "pending")
+TONES = {
+    "good": ("done", "delivered", "committed", "complete", "chosen", "built"),
+    "bad": ("failed", "rejected", "quarantined", "patient-mismatch"),
+    "odd": ("refused", "held", "superseded", "cancelled"),
+    "wait": ("queued", "pending", "receiving"),
+    "run": ("running", "read"),
+}
 FUNNEL = (
     ("Slices", (("slices_in_series", "in the series"), ("slices_sampled", "sampled"), ("inputs_kept", "read"))),
     ("Visual tokens", (("tokens_in", "in all slices"), ("tokens_kept", "kept"))),
@@ -183,9 +191,16 @@ def overview_page(request: Request) -> Response:
         studies = [study_summary(row, who) for row in rows]
     if who.sees_content and "poll" not in request.query_params:
         record_view(web, AuditKind.STUDIES_LISTED, who, studies=len(studies))
-    checks = check_all(web)
     return _page(
-        request, "overview.html", who, glance=glance, destinations=destinations, studies=studies, checks=checks, now=now
+        request,
+        "overview.html",
+        who,
+        glance=glance,
+        destinations=destinations,
+        studies=studies,
+        checks=check_all(web),
+        refused=refusals.last_day(spool_folder(web.settings), now)[:MOST_REFUSALS],
+        now=now,
     )
 
 
@@ -262,6 +277,7 @@ def study_page(request: Request, study_id: int, analysis: Annotated[int | None, 
         analysis=chosen,
         candidates={one.series_uid: one for one in output.candidates} if output else {},
         coverage=output.retention.coverage if output else (),
+        answers=output.answers if output and who.sees_content else (),
         events=_runs(events),
         live=running or pending,
         notices=[NOTICES.get(Flag(flag), flag) for flag in (chosen.flags or [])] if chosen else [],
@@ -498,6 +514,11 @@ def _delivery_word(counts: dict[str, int]) -> str:
     return next((state for state in WORST_FIRST if present[state]), next(iter(counts), ""))
 
 
+def _tone(state: str) -> str:
+    """How a state is marked, in colour and shape."""
+    return next((tone for tone, states in TONES.items() if state in states), "plain")
+
+
 templates.env.filters |= {
     "person": _person,
     "dicom_date": _date,
@@ -507,5 +528,6 @@ templates.env.filters |= {
     "words": _words,
     "pairs": _pairs,
     "delivery_word": _delivery_word,
+    "tone": _tone,
 }
 templates.env.globals |= {"percent": _percent}

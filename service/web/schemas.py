@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from service.shared.db import AnalysisState, DeliveryState, ResultState, StudyState
+from service.shared.messages import Aspect, FindingName
 
 
 class Shape(BaseModel):
@@ -271,6 +272,36 @@ class RetentionOut(Shape):
     inputs: list[InputOut]
     coverage: list[dict[str, Any]]
     candidates: list[dict[str, Any]]
+
+
+class AnswerOut(Shape):
+    finding: FindingName
+    aspect: Aspect
+    question: str
+    answers: tuple[str, ...]  # that were allowed
+    probabilities: tuple[float, ...]  # of each, in the same order
+    chosen: str
+    probability: float
+
+
+class Answers(Shape):
+    items: list[AnswerOut]
+
+
+class RefusalOut(Shape):
+    """Empty where it was not known yet."""
+
+    at: datetime
+    calling_ae: str
+    called_ae: str
+    address: str
+    reason: str
+    remedy: str
+    count: int
+
+
+class RefusalsOut(Shape):
+    items: list[RefusalOut]
 
 
 class ConfigurationKey(Shape):

@@ -16,6 +16,15 @@ addEventListener("DOMContentLoaded", async () => {
   const percent = (value) => (value == null ? "–" : `${Math.round(100 * value)} %`);
   const seconds = (value) => (value == null ? "–" : `${value < 10 ? value.toFixed(1) : Math.round(value)} s`);
 
+  // 24 hours, and the date where a day is what tells two ticks apart.
+  function clock(_, ticks) {
+    const span = ticks.at(-1) - ticks[0];
+    const parts = span > 3 * 86400 ? { day: "numeric", month: "short" } : span > 20 * 3600 ? { weekday: "short", hour: "2-digit", minute: "2-digit" }
+      : span < 600 ? { hour: "2-digit", minute: "2-digit", second: "2-digit" } : { hour: "2-digit", minute: "2-digit" };
+    const format = new Intl.DateTimeFormat(undefined, { ...parts, hourCycle: "h23" });
+    return ticks.map((at) => format.format(at * 1000));
+  }
+
   function chart(id, data, series, { scale, format, paths }) {
     const place = document.getElementById(id);
     const axis = { stroke: token("--muted"), grid: { stroke: token("--line"), width: 1 }, ticks: { show: false }, font: "12px system-ui" };
@@ -25,11 +34,11 @@ addEventListener("DOMContentLoaded", async () => {
       width: place.clientWidth,
       height: 250,
       scales: { x: { range }, y: scale },
-      axes: [axis, { ...axis, size: 58, values: (_, ticks) => ticks.map(format) }],
+      axes: [{ ...axis, values: clock, space: 76 }, { ...axis, size: 58, values: (_, ticks) => ticks.map(format) }],
       legend: { live: true },
       cursor: { points: { size: 7 } },
       series: [
-        { value: (_, at) => (at == null ? "–" : new Date(at * 1000).toLocaleString()) },
+        { value: (_, at) => (at == null ? "–" : new Date(at * 1000).toLocaleString(undefined, { hourCycle: "h23" })) },
         ...series.map((one, index) => ({
           label: one,
           stroke: token(`--chart-${1 + (index % 6)}`),

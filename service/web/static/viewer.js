@@ -5,6 +5,7 @@ addEventListener("DOMContentLoaded", async () => {
   if (!box) return;
   const find = (id) => document.getElementById(id);
   const canvas = find("picture"), slider = find("slice"), tiles = find("tiles"), strip = find("strip");
+  const opacity = find("opacity"), anchor = find("anchor");
   const paint = canvas.getContext("2d");
   const STATES = {
     "shown": "shown to the model",
@@ -27,7 +28,7 @@ addEventListener("DOMContentLoaded", async () => {
   slider.max = count;
   makeStrip();
   makeWindows();
-  await show(Math.max(0, map.sources.findIndex((one) => one.state === "shown" || one.state === "in-slab")), true);
+  await show(middle(), true);
 
   function explain(text) {
     find("no-picture").textContent = text;
@@ -36,13 +37,31 @@ addEventListener("DOMContentLoaded", async () => {
 
   function isRead(source) { return source.state === "shown" || source.state === "in-slab"; }
 
+  // The slice nearest to the middle of the stack that the model was given.
+  function middle() {
+    const half = (count - 1) / 2;
+    const read = map.sources.map((source, index) => [Math.abs(index - half), index, source]).filter(([, , source]) => isRead(source));
+    return read.length ? read.sort((a, b) => a[0] - b[0])[0][1] : Math.round(half);
+  }
+
   function makeStrip() {
-    map.sources.forEach((source, index) => {
+    map.sources.forEach((source) => {
       const tick = document.createElement("i");
       tick.className = isRead(source) ? "read" : source.state;
-      tick.addEventListener("click", () => show(index));
       strip.append(tick);
     });
+    const go = (event) => {
+      const box = strip.getBoundingClientRect();
+      show(Math.floor((event.clientX - box.left) / box.width * count));
+    };
+    strip.addEventListener("pointerdown", (event) => { strip.setPointerCapture(event.pointerId); go(event); });
+    strip.addEventListener("pointermove", (event) => { if (strip.hasPointerCapture(event.pointerId)) go(event); });
+  }
+
+  // Slices of the input that stands for a slice that was not given.
+  function anchorsOf(source) {
+    if (source.state !== "represented" || source.input_index === null) return [];
+    return map.inputs[source.input_index].sources;
   }
 
   function makeWindows() {
@@ -113,19 +132,28 @@ addEventListener("DOMContentLoaded", async () => {
     const source = map.sources[at];
     const input = source.input_index === null ? null : map.inputs[source.input_index];
     const position = source.position_mm === null ? "" : ` at ${source.position_mm.toFixed(1)} mm`;
+    const anchors = anchorsOf(source);
     let text = `Slice ${at + 1} of ${count}${position}: ${source.reason || STATES[source.state] || source.state}.`;
-    if (source.state === "represented" && input) text += ` Slice ${input.sources[0] + 1} stands for it.`;
+    if (anchors.length) text += ` ${named(anchors)} for it.`;
     if (source.state === "in-slab" && input) text += ` Slices ${input.sources[0] + 1} to ${input.sources.at(-1) + 1}, ${input.operation}.`;
     if (isRead(source) && input) {
       const kept = [...input.tokens].filter((code) => code === "0").length;
       text += ` ${kept} of ${input.tokens.length} tokens kept.`;
     }
     find("caption").textContent = text;
+    anchor.hidden = !anchors.length;
+    if (anchors.length) anchor.textContent = `Go to slice ${anchors[0] + 1}, which was read`;
     const badge = find("slice-state");
-    badge.textContent = isRead(source) ? "read" : source.state.replace("-", " ");
+    badge.textContent = isRead(source) ? "given to the model" : `not given: ${source.state.replace("-", " ")}`;
     badge.className = "badge s-" + (isRead(source) ? "read" : source.state);
+    find("number").textContent = `${at + 1} / ${count}`;
+    [...strip.children].forEach((tick, index) => tick.toggleAttribute("data-anchor", anchors.includes(index)));
     [...strip.children].forEach((tick, index) => tick.toggleAttribute("data-here", index === at));
     slider.setAttribute("aria-valuetext", text);
+  }
+
+  function named(slices) {
+    return slices.length === 1 ? `Slice ${slices[0] + 1} stands` : `Slices ${slices[0] + 1} to ${slices.at(-1) + 1} stand`;
   }
 
   function draw() {
@@ -144,12 +172,12 @@ addEventListener("DOMContentLoaded", async () => {
     const left = (size - (columns || 512) * scale) / 2, top = (size - (rows || 512) * scale) / 2;
     paint.setTransform(scale, 0, 0, scale, left, top);
     if (shown?.values) paint.drawImage(windowed(shown), 0, 0);
-    find("level").textContent = shown?.values ? `C ${Math.round(centre)}  W ${Math.round(width)}` : "";
+    find("level").textContent = shown?.values ? `C ${Math.round(centre)} W ${Math.round(width)}` : "";
     if (!tiles.checked) return;
-    if (!isRead(source)) return veil(rows || 512, columns || 512);
-    if (input) for (let row = 0; row < map.rows; row++) for (let column = 0; column < map.columns; column++) {
-      tile(input, row, column, input.tokens[row * map.columns + column], scale);
-    }
+    paint.globalAlpha = Number(opacity.value) / 100;
+    if (!isRead(source)) notGiven(rows || 512, columns || 512);
+    else if (input) drawTokens(input, scale);
+    paint.globalAlpha = 1;
   }
 
   function windowed({ rows, columns, values }) {
@@ -167,47 +195,52 @@ addEventListener("DOMContentLoaded", async () => {
     return picture;
   }
 
-  function tile(input, row, column, code, scale) {
+  // Kept tokens stay clear within a line, merged ones turn blue, dropped ones dark red: as in the Secondary Capture.
+  function drawTokens(input, scale) {
     const [[a, b, c], [d, e, f]] = input.source_pixels_from_token;
     const corner = (x, y) => [a * x + b * y + c, d * x + e * y + f];
-    const inset = code === "0" ? 1 / (scale * Math.hypot(a, d)) : 0;
-    paint.beginPath();
-    for (const [x, y] of [[0, 0], [1, 0], [1, 1], [0, 1]]) {
-      paint.lineTo(...corner(column + (x ? 1 - inset : inset), row + (y ? 1 - inset : inset)));
+    const code = (row, column) => row < 0 || column < 0 || row >= map.rows || column >= map.columns ? "-" : input.tokens[row * map.columns + column];
+    const outline = new Path2D();
+    for (let row = 0; row < map.rows; row++) for (let column = 0; column < map.columns; column++) {
+      const own = code(row, column);
+      const corners = [corner(column, row), corner(column + 1, row), corner(column + 1, row + 1), corner(column, row + 1)];
+      if (own !== "0") {
+        paint.fillStyle = own === "1" ? "rgba(37, 99, 235, .42)" : "rgba(62, 10, 14, .68)";
+        paint.beginPath();
+        corners.forEach((point) => paint.lineTo(...point));
+        paint.fill();
+        continue;
+      }
+      [[-1, 0], [0, 1], [1, 0], [0, -1]].forEach(([down, right], side) => {
+        if (code(row + down, column + right) === "0") return;
+        outline.moveTo(...corners[side]);
+        outline.lineTo(...corners[(side + 1) % 4]);
+      });
     }
-    paint.closePath();
-    if (code === "0") {
-      paint.strokeStyle = "rgba(45, 212, 191, .75)";
-      paint.lineWidth = 1.5 / scale;
-      paint.stroke();
-    } else {
-      paint.fillStyle = code === "1" ? "rgba(217, 119, 6, .42)" : "rgba(5, 8, 12, .72)";
-      paint.fill();
-    }
+    paint.strokeStyle = "#2dd4bf";
+    paint.lineWidth = 1.5 / scale;
+    paint.stroke(outline);
   }
 
-  function veil(rows, columns) {
-    paint.fillStyle = "rgba(5, 8, 12, .45)";
+  function notGiven(rows, columns) {
+    paint.fillStyle = "rgba(62, 10, 14, .5)";
     paint.fillRect(0, 0, columns, rows);
-    paint.strokeStyle = "rgba(251, 113, 133, .55)";
-    paint.lineWidth = Math.max(1, columns / 256);
-    paint.beginPath();
-    const step = Math.max(rows, columns) / 14;
-    for (let offset = -rows; offset < columns; offset += step) {
-      paint.moveTo(offset, 0);
-      paint.lineTo(offset + rows, rows);
-    }
-    paint.save();
-    const path = new Path2D();
-    path.rect(0, 0, columns, rows);
-    paint.clip(path);
-    paint.stroke();
-    paint.restore();
+    paint.strokeStyle = "#ff8c00";
+    const width = Math.max(2, Math.min(rows, columns) / 96);
+    paint.lineWidth = width;
+    paint.strokeRect(width / 2, width / 2, columns - width, rows - width);
   }
 
   slider.addEventListener("input", () => show(Number(slider.value) - 1));
   tiles.addEventListener("change", draw);
+  opacity.addEventListener("input", draw);
+  anchor.addEventListener("click", () => show(anchorsOf(map.sources[at])[0]));
   canvas.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "t") { tiles.checked = !tiles.checked; draw(); return; }
+    if (event.key === "a" && !anchor.hidden) { anchor.click(); return; }
+    const chosen = find("windows").children[Number(event.key) - 1];
+    if (chosen) { chosen.click(); return; }
     const step = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1, PageUp: -5, PageDown: 5, Home: -count, End: count }[event.key];
     if (!step) return;
     event.preventDefault();

@@ -13,7 +13,7 @@ from service.shared import heartbeat
 from service.shared.heartbeat import GONE_AFTER, SILENT_AFTER, Presence
 from service.shared.settings import Settings
 from tests.receiving import wait_until
-from tests.rows import NOW, add_analysis, add_study, claimed, open_database, output
+from tests.rows import NOW, add_analysis, add_study, claimed, open_database, output, presence
 from workers.app import Child
 from workers.presence import presence_kept, presence_of
 
@@ -22,22 +22,6 @@ from workers.presence import presence_kept, presence_of
 def sessions(database_url: str) -> Iterator[sessionmaker[Session]]:
     with open_database(database_url) as opened:
         yield opened
-
-
-def presence(name: str = "gpu01/7", *, parent: int = 1) -> Presence:
-    return Presence(
-        name=name,
-        host=name.partition("/")[0],
-        process=int(name.partition("/")[2]),
-        parent_process=parent,
-        device="cuda:0",
-        device_name="NVIDIA H100 80GB HBM3",
-        memory_bytes=80 * 10**9,
-        memory_used_bytes=10**9,
-        model="medgemma",
-        weights_sha256="1" * 64,
-        software_version="0.1.0",
-    )
 
 
 def beat(sessions: sessionmaker[Session], one: Presence, seconds: float = 0) -> None:

@@ -11,11 +11,13 @@ from fastapi.testclient import TestClient
 from sqlalchemy import update
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.refusals import Refusals, Refused
+from service.shared import heartbeat
 from service.shared.db import Delivery, DeliveryState, Result, Role
 from service.shared.durable import digest
 from service.web import accounts
 from service.web.access import COOKIE
-from tests.rows import add_analysis, add_study, claimed, event, get, open_database
+from tests.rows import add_analysis, add_study, claimed, event, get, open_database, presence
 from tests.web_visits import Clock, add_named_study, add_user, sign_in, visit
 
 
@@ -208,6 +210,49 @@ def test_ready_names_what_is_not_well(client: TestClient) -> None:
     assert checks["queue"]["ok"] is False
     assert checks["spool"]["ok"] is False
     assert client.get("/health/live").json() == {"alive": True}
+
+
+def test_ready_says_what_is_missing_and_not_needed(sessions: sessionmaker[Session], client: TestClient) -> None:
+    """Without a worker studies wait, and the service receives all the same."""
+    before = client.get("/health/ready").json()["checks"]["workers"]
+    with sessions.begin() as session:
+        heartbeat.beat(session, presence(), now=datetime.now(UTC))
+    after = client.get("/health/ready").json()["checks"]["workers"]
+
+    assert (before["ok"], before["needed"]) == (False, False)
+    assert (after["ok"], after["detail"]) == (True, "1 there, 0 reading")
+
+
+def test_refusals_are_shown_with_their_remedy(client: TestClient, tmp_path: Path) -> None:
+    """Who, from where, why, and the line that lets them in."""
+    refused = Refused(
+        datetime.now(UTC), "SCANNER", "MEDPRUNER", "192.0.2.1", "not a [[source]]", '[[source]] ae_title = "SCANNER"'
+    )
+    Refusals(tmp_path / "spool").record(refused)
+    (one,) = client.get("/api/v1/refusals").json()["items"]
+
+    assert (one["calling_ae"], one["address"], one["count"]) == ("SCANNER", "192.0.2.1", 1)
+    assert "ae_title" in one["remedy"]
+    assert client.get("/health/ready").json()["refused_last_day"] == 1
+    assert "SCANNER" in client.get("/").text
+
+
+def test_result_goes_to_another_destination(
+    sessions: sessionmaker[Session], client: TestClient, tmp_path: Path
+) -> None:
+    """For the first time, by a command with its user; not to one that is not configured."""
+    add_named_study(sessions, 1)
+    with sessions.begin() as session:
+        session.execute(update(Delivery).values(destination="before"))
+        session.execute(update(Result).values(sha256=digest(b"a DICOM file")))
+    path = tmp_path / get(sessions, Result, 1).path
+    path.parent.mkdir()
+    path.write_bytes(b"a DICOM file")
+    answer = client.post("/api/v1/results/1/resend", json={"destination": "pacs"})
+
+    assert answer.json() == {"done": ["result 1 is on its way to pacs"]}
+    assert get(sessions, Delivery, 2).destination == "pacs"
+    assert client.post("/api/v1/results/1/resend", json={"destination": "other"}).status_code == 404
 
 
 def test_token_of_a_program_needs_no_page(sessions: sessionmaker[Session], tmp_path: Path) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 from pydicom import dcmread
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.shared.db import Role
-from tests.rows import open_database
+from tests.rows import kinds, open_database
 from tests.web_study import RealStudy, add_real_study
 from tests.web_visits import add_user, settings_in, sign_in, visit
 
@@ -89,3 +91,26 @@ def test_report_reads_as_text_and_as_json(client: TestClient, study: RealStudy) 
     assert "The lungs are clear." in text.text
     assert text.headers["content-type"].startswith("text/plain")
     assert content.json()["00080060"]["Value"] == ["SR"]
+
+
+def test_map_is_a_picture_of_the_slice(client: TestClient, study: RealStudy) -> None:
+    """As the Secondary Capture draws it: orange around a slice that was not given; a window moves the greys."""
+    address = f"/api/v1/analyses/{study.analysis_id}/maps"
+    given, left_out, bone = (client.get(f"{address}/{what}") for what in ("0", "1", "0?centre=400&width=1800"))
+    pictures = [np.asarray(Image.open(BytesIO(one.content))) for one in (given, left_out, bone)]
+    source = dcmread(study.source.instances[0].path)
+
+    assert given.headers["content-type"] == "image/png"
+    assert pictures[0].shape == (source.Rows, source.Columns, 3)
+    assert tuple(pictures[1][100, 0]) == (255, 140, 0)
+    assert tuple(pictures[0][100, 0]) != (255, 140, 0)
+    assert not np.array_equal(pictures[0], pictures[2])
+    assert client.get(f"{address}/999").status_code == 404
+
+
+def test_one_look_is_one_view(sessions: sessionmaker[Session], client: TestClient, study: RealStudy) -> None:
+    """Hundreds of slices of one look are one line of the audit; without a page before them they are one too."""
+    for path in ("retention", "frames/0", "frames/1", "maps/2", "answers"):
+        assert client.get(f"/api/v1/analyses/{study.analysis_id}/{path}").status_code == 200
+
+    assert kinds(sessions, actor="web/vera").count("study-viewed") == 1
