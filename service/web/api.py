@@ -363,7 +363,8 @@ def get_charts(
     """One point per analysis that is done: shares kept and seconds by step; the newest 2,000 of so many days."""
     with web.reading() as session:
         points = queries.charts(session, web.clock() - timedelta(days=days))
-    return _answer(request, Charts(points=[ChartPoint.model_validate(point) for point in points]))
+    hidden = {} if who.sees_content else {"scanner": None, "protocol": None}  # free text of the modality
+    return _answer(request, Charts(points=[ChartPoint.model_validate(point | hidden) for point in points]))
 
 
 @router.get("/configuration", responses=NOT_CHANGED, response_model=Configuration, tags=["look"])

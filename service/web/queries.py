@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from service.shared import heartbeat
 from service.shared.db import (
+    Acquisition,
     Analysis,
     AnalysisState,
     AuditEvent,
@@ -337,14 +338,17 @@ def charts(session: Session, since: datetime, limit: int = CHART_POINTS) -> list
             Analysis.timings_s,
             Analysis.queued_at,
             Study.calling_ae,
+            Acquisition.scanner,
+            Acquisition.protocol,
         )
         .join(Study, Study.id == Analysis.study_id)
+        .outerjoin(Acquisition, Acquisition.analysis_id == Analysis.id)
         .where(Analysis.state == AnalysisState.DONE, Analysis.queued_at >= since)
         .order_by(Analysis.queued_at.desc())
         .limit(limit)
     ).all()
     points = []
-    for analysis_id, finished_at, route, counts, timings_s, queued_at, sender in reversed(rows):
+    for analysis_id, finished_at, route, counts, timings_s, queued_at, sender, scanner, protocol in reversed(rows):
         if counts is None or finished_at is None:
             continue
         points.append(
@@ -352,6 +356,8 @@ def charts(session: Session, since: datetime, limit: int = CHART_POINTS) -> list
                 "analysis_id": analysis_id,
                 "finished_at": finished_at,
                 "sender": sender,
+                "scanner": scanner,
+                "protocol": protocol,
                 "route": route,
                 "slices_kept": _share(counts.get("inputs_kept"), counts.get("inputs")),
                 "tokens_kept": _share(counts.get("tokens_kept"), counts.get("tokens_in")),

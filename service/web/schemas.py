@@ -232,6 +232,8 @@ class ChartPoint(Shape):
     analysis_id: int
     finished_at: datetime
     sender: str
+    scanner: str | None  # model and station; with the protocol null for who may not see content
+    protocol: str | None
     route: str
     slices_kept: float | None
     tokens_kept: float | None

@@ -76,7 +76,7 @@ addEventListener("DOMContentLoaded", async () => {
 
     const groups = new Map();
     points.forEach((point, index) => {
-      const name = `${point.sender}, ${point.route}`;
+      const name = point.scanner || point.protocol ? `${point.scanner || point.sender}, ${point.protocol || point.route}` : `${point.sender}, ${point.route}`;
       if (!groups.has(name)) groups.set(name, { last: [], line: points.map(() => null) });
       const group = groups.get(name);
       if (point.tokens_kept == null) return;
