@@ -125,7 +125,11 @@ def _spool(settings: Settings) -> Check:
         return Check(ok=False, detail="not there yet; the receiver makes it")
     if not os.access(folder, os.R_OK | os.X_OK):
         return Check(ok=False, detail="cannot be read by this process")
-    return Check(ok=True, detail=f"readable, {len(waiting(folder))} instances waiting")
+    try:
+        count = len(waiting(folder))
+    except FileNotFoundError:  # it is being made
+        return Check(ok=False, detail="not whole yet; the receiver makes it")
+    return Check(ok=True, detail=f"readable, {count} instances waiting")
 
 
 def _workers(web: Web) -> Check:

@@ -55,7 +55,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     pacs = DestinationSettings(name="pacs", ae_title="PACS", host="192.0.2.9", port=104)
     settings = Settings(data=DataSettings(path=folder), destination=(pacs,), web=WebSettings(port=port))
     with open_database(database_url(settings)) as sessions:
-        add_user(sessions, "olga", Role.OPERATOR)
+        for name, role in (("olga", Role.OPERATOR), ("vera", Role.VIEWER), ("adam", Role.AUDITOR)):
+            add_user(sessions, name, role)
         add_real_study(sessions, settings, Path(__file__).parents[1] / "data" / "real-ct" / "head-philips")
         stop = Event()
         thread = Thread(target=serve_web, args=(settings, sessions, stop))
@@ -75,7 +76,9 @@ def browser() -> Iterator[Browser]:
         opened.close()
 
 
-def signed_in(browser: Browser, served: Served, viewport: dict[str, int], scheme: str) -> tuple[Page, list[str]]:
+def signed_in(
+    browser: Browser, served: Served, viewport: dict[str, int], scheme: str, name: str = "olga"
+) -> tuple[Page, list[str]]:
     """A page on `/studies`, and every address outside the site that any page asked for; faults fail the test."""
     context: Any = browser.new_context(viewport=viewport, color_scheme=scheme, base_url=served.site)
     page = context.new_page()
@@ -84,7 +87,7 @@ def signed_in(browser: Browser, served: Served, viewport: dict[str, int], scheme
     page.on("pageerror", lambda error: outside.append(f"script error: {error}"))
     page.on("console", lambda said: outside.append(f"console: {said.text}") if said.type == "error" else None)
     page.goto("/studies")
-    page.get_by_label("Name").fill("olga")
+    page.get_by_label("Name").fill(name)
     page.get_by_label("Password").fill(PASSWORD)
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_role("heading", name="Studies")).to_be_visible()
@@ -115,15 +118,19 @@ def test_report_is_found_read_and_sent_again(
     page.get_by_label("Search").fill(ACCESSION)
     page.get_by_role("link", name="DOE, JANE").click()
 
-    expect(page.get_by_text("Slice 1 of 28")).to_be_visible()
-    page.locator("#viewer[data-slice='1']").wait_for()  # drawn: the viewer listens
+    expect(page.get_by_text("Slice 15 of 28")).to_be_visible()  # the middle of the stack
+    page.locator("#viewer[data-slice='15']").wait_for()  # drawn: the viewer listens
     canvas = page.locator("#picture")
     canvas.focus()
     page.keyboard.press("ArrowDown")
-    expect(page.get_by_text("Slice 2 of 28")).to_contain_text("Slice 1 stands for it")
-    page.locator("#viewer[data-slice='2']").wait_for()
-    page.keyboard.press("ArrowDown")
-    page.locator("#viewer[data-slice='3']").wait_for()
+    expect(page.get_by_text("Slice 16 of 28")).to_contain_text("Slice 15 stands for it")
+    page.get_by_role("button", name="Go to slice 15, which was read").click()
+    page.locator("#viewer[data-slice='15']").wait_for()
+    canvas.hover()
+    page.mouse.wheel(0, 100)
+    page.locator("#viewer[data-slice='16']").wait_for()
+    page.mouse.wheel(0, 100)
+    page.locator("#viewer[data-slice='17']").wait_for()
     grey = page.evaluate(
         "() => { const c = document.getElementById('picture');"
         " const p = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
@@ -138,13 +145,74 @@ def test_report_is_found_read_and_sent_again(
     expect(page.locator("#toast")).to_contain_text("on its way to pacs again")
     expect(page.locator(".deliveries .badge")).to_have_text("pending")
     expect(page.locator(".timeline")).to_contain_text("delivery requeued")
+    page.goto("/events?kind=delivery-requeued")
+    expect(page.locator("tbody tr").first).to_contain_text("web/olga")
     assert grey > 50, "the slice is drawn in greys"
     assert outside == []
     assert kinds(served.sessions, kind="study-viewed")
     _deliver_again(served)
 
 
-@pytest.mark.parametrize(("viewport", "scheme", "name"), [(DESKTOP, "dark", "desktop"), (PHONE, "light", "phone")])
+def test_viewer_shows_what_was_dropped_and_hides_it(browser: Browser, served: Served) -> None:
+    """The map darkens what was not given; its opacity and its switch, a preset and a drag change the picture."""
+    page, outside = signed_in(browser, served, DESKTOP, "light")
+    page.goto("/studies/1")
+    page.locator("#viewer[data-slice='15']").wait_for()
+    pictures = [_picture_of(page)]
+    page.get_by_label("Opacity").fill("20")
+    pictures.append(_picture_of(page))
+    page.locator("#picture").focus()
+    page.keyboard.press("t")
+    expect(page.get_by_label("Token map")).not_to_be_checked()
+    pictures.append(_picture_of(page))
+    page.keyboard.press("3")
+    expect(page.get_by_role("button", name="Bone")).to_have_attribute("aria-pressed", "true")
+    pictures.append(_picture_of(page))
+    box = page.locator("#picture").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 160, box["y"] + 140, steps=3)
+    page.mouse.up()
+    pictures.append(_picture_of(page))
+
+    assert len(set(pictures)) == len(pictures), "every step changes the picture"
+    assert outside == []
+
+
+def test_each_role_sees_its_own(browser: Browser, served: Served) -> None:
+    """A viewer has no commands; an auditor has events, the map, and neither a name nor an image."""
+    viewer, _ = signed_in(browser, served, DESKTOP, "light", name="vera")
+    viewer.goto("/studies/1")
+    expect(viewer.get_by_role("heading", name="DOE, JANE")).to_be_visible()
+    expect(viewer.get_by_role("button", name="Re-send")).to_have_count(0)
+    expect(viewer.get_by_role("link", name="Events")).to_have_count(0)
+    auditor, _ = signed_in(browser, served, DESKTOP, "light", name="adam")
+    auditor.goto("/studies/1")
+    expect(auditor.get_by_text("Images are not part of your role")).to_be_visible()
+    expect(auditor.get_by_text("DOE")).to_have_count(0)
+    auditor.goto("/events")
+
+    expect(auditor.get_by_role("heading", name="Events")).to_be_visible()
+
+
+def test_sign_in_is_throttled_in_words(browser: Browser, served: Served) -> None:
+    """After five wrong passwords the page asks for patience, also with the right one."""
+    page = browser.new_context(base_url=served.site).new_page()
+    page.goto("/login")
+    for password in ["wrong password"] * 5 + [PASSWORD]:
+        page.get_by_label("Name").fill("throttled")
+        page.get_by_label("Password").fill(password)
+        page.get_by_role("button", name="Sign in").click()
+
+    expect(page.get_by_role("alert")).to_contain_text("Too many failed attempts")
+    assert serious_faults(page) == []
+
+
+@pytest.mark.parametrize(
+    ("viewport", "scheme", "name"),
+    [(size, scheme, name) for size, name in ((DESKTOP, "desktop"), (PHONE, "phone")) for scheme in ("light", "dark")],
+)
 def test_pages_are_accessible_and_fit(
     browser: Browser, served: Served, viewport: dict[str, int], scheme: str, name: str
 ) -> None:
@@ -155,6 +223,8 @@ def test_pages_are_accessible_and_fit(
         page.goto(path)
         page.wait_for_load_state("networkidle")
         width = page.evaluate("document.documentElement.scrollWidth")
+        if path == "/studies/1":
+            page.locator("#viewer[data-slice]").wait_for()
         faults[path] = serious_faults(page) + ([f"{width} pixels wide"] if width > viewport["width"] else [])
         picture(page, f"{name}-{scheme}{path.split('?')[0].replace('/', '-')}")
 
@@ -171,6 +241,11 @@ def test_destination_is_paused_from_the_first_page(browser: Browser, served: Ser
 
     expect(page.get_by_role("button", name="Resume pacs")).to_be_visible()
     assert event(served.sessions, "destination-paused").actor == "web/olga"
+
+
+def _picture_of(page: Page) -> str:
+    """The canvas as it is now."""
+    return str(page.evaluate("() => document.getElementById('picture').toDataURL()"))
 
 
 def _deliver_again(served: Served) -> None:

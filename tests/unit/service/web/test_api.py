@@ -228,6 +228,7 @@ def test_refusals_are_shown_with_their_remedy(client: TestClient, tmp_path: Path
     refused = Refused(
         datetime.now(UTC), "SCANNER", "MEDPRUNER", "192.0.2.1", "not a [[source]]", '[[source]] ae_title = "SCANNER"'
     )
+    (tmp_path / "spool").mkdir()
     Refusals(tmp_path / "spool").record(refused)
     (one,) = client.get("/api/v1/refusals").json()["items"]
 
