@@ -147,6 +147,7 @@ def _output(
         answers=_answers(generation),
         flags=tuple(dict.fromkeys(flags)),
         notes=(*volume.notes, *_remarks(guide, request.settings.pruning)),
+        limitations=model.limitations,
         model=model.identity,
         prompt=request.prompt,
         max_new_tokens=request.settings.model.max_new_tokens,
