@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import signal
 import socket
@@ -34,11 +35,13 @@ from service import (
     conformance,
     delivery,
     dispatch,
+    doctor,
     explain,
     export,
     history,
     notify,
     printing,
+    probes,
     refusal_feed,
     requestor,
     results,
@@ -60,7 +63,6 @@ from service.shared.db import Study, open_engine, open_sessions
 from service.shared.log import set_up_logging
 from service.shared.settings import (
     ConfigurationError,
-    DestinationSettings,
     Settings,
     database_url,
     heads_file,
@@ -240,14 +242,7 @@ def echo(
 ) -> None:
     """C-ECHO our own receiver and the destinations; exit 1 when one does not answer."""
     settings = _load(config)
-    ourselves = DestinationSettings(
-        name="ourselves",
-        ae_title=settings.scp.ae_title,
-        host=_reachable(settings.scp.host),
-        port=settings.scp.port,
-        calling_ae_title=settings.source[0].ae_title if settings.source else None,
-        timeout_s=10,
-    )
+    ourselves = probes.ourselves(settings)
     known = {one.name: one for one in (ourselves, *settings.destination)}
     if name is not None and name not in known:
         raise _fail(f"no [[destination]] is called {name!r}; known: {', '.join(known)}")
@@ -274,7 +269,7 @@ def send(
     try:
         sent = sender.send_study(
             folder,
-            host=host or _reachable(settings.scp.host),
+            host=host or probes.reachable(settings.scp.host),
             port=port or settings.scp.port,
             called_ae=called_ae or settings.scp.ae_title,
             calling_ae=calling,
@@ -287,6 +282,24 @@ def send(
         typer.echo(f"{one.file}: {status}", err=True)
     typer.echo(f"{len(sent) - len(refused)} of {len(sent)} instances stored")
     raise SystemExit(1 if refused else 0)
+
+
+@app.command("doctor")
+def doctor_command(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Look at everything that the service needs, and say what would help; exit 1 when something is broken."""
+    settings = _load(config)
+    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # what it says stands in the findings, in our words
+    if as_json:
+        findings = list(probes.examine(settings, datetime.now(UTC)))
+        printing.print_json([asdict(one) for one in findings])
+    else:
+        with Console(stderr=True).status("looking ...") as progress:
+            findings = []
+            for one in probes.examine(settings, datetime.now(UTC)):
+                progress.update(f"{one.subject} ...")
+                findings.append(one)
+        printing.print_findings(Console(), [asdict(one) for one in findings])
+    raise SystemExit(0 if doctor.is_well(findings) else 1)
 
 
 # --- look -----------------------------------------------------------------------------------------------------------
@@ -739,11 +752,6 @@ def _reading(settings: Settings, *, read_only: bool = False) -> sessionmaker[Ses
 def _note(sessions: sessionmaker[Session], kind: AuditKind) -> None:
     with sessions.begin() as session:
         audit.append(session, kind, now=datetime.now(UTC), actor="service/serve", version=VERSION)
-
-
-def _reachable(host: str) -> str:
-    """Where to call a receiver that listens on every address."""
-    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
 
 
 def _study(session: Session, name: str) -> Study:

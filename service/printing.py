@@ -128,6 +128,21 @@ def _worker(one: Row) -> str:
     return f"{device}, {model}, {doing}"
 
 
+def print_findings(console: Console, findings: list[Row]) -> None:
+    """What `doctor` found, one row a check; what would help stands beside what is not well."""
+    table = Table(header_style="bold")
+    for heading in ("checked", "", "found", "what would help"):
+        table.add_column(heading, overflow="fold")
+    colours = {"ok": "green", "warning": "yellow", "fault": "red", "unknown": "bright_black"}
+    for one in findings:
+        state = one["state"].value
+        marked = Text(state, style=colours[state])
+        table.add_row(_foreign(one["subject"]), marked, _foreign(one["result"]), _foreign(one["remedy"]))
+    console.print(table)
+    count = sum(one["state"].value == "fault" for one in findings)
+    console.print(f"{count} faults" if count else "nothing is broken")
+
+
 def print_history(console: Console, rows: list[Row]) -> None:
     table = Table(header_style="bold")
     for heading in (

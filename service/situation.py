@@ -160,7 +160,7 @@ def look(session: Session, settings: Settings, now: datetime, *, with_shares: bo
         associations=_associations(spool, now),
         refused=sum(one.count for one in refused),
         refused_by=_by_reason(refused),
-        certificates=_certificates(settings, now),
+        certificates=certificates(settings, now),
         shares=shares(session, settings, now) if with_shares else (),
     )
 
@@ -239,7 +239,7 @@ def _by_reason(refused: Sequence[Refused]) -> tuple[tuple[str, int], ...]:
     return tuple(counted.most_common(MOST_NAMED))
 
 
-def _certificates(settings: Settings, now: datetime) -> dict[str, float | None]:
+def certificates(settings: Settings, now: datetime) -> dict[str, float | None]:
     """Days left of every certificate of ours that the configuration names, by its key."""
     found: dict[str, float | None] = {}
     for key, value in leaves(settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,17 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittle
 from pynetdicom import AE, build_context, build_role
 from pynetdicom.association import Association
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
+from sqlalchemy.orm import Session, sessionmaker
 
-from service import commitment_answers
+from service import commitment, commitment_answers, delivery
 from service.commitment_answers import PUSH_MODEL_INSTANCE, Answer
-from tests.receiving import Running, running
+from service.shared.db import Delivery
+from service.shared.durable import digest
+from service.shared.settings import DestinationSettings, Settings
+from service.spool import file_header
+from tests.receiving import Running, encode, instance, running, wait_until
+from tests.rows import NOW, add_deliveries, add_study, get, open_database
+from tests.servers import Modality, Orthanc
 
 PACS = "PACS"
 
@@ -59,7 +67,7 @@ def reference(uid: str, **attributes: Any) -> Dataset:
     return item
 
 
-def kept(receiver: Running) -> list[Answer | None]:
+def answers(receiver: Running) -> list[Answer | None]:
     return [answer for _, answer in commitment_answers.waiting(receiver.spool.path)]
 
 
@@ -70,7 +78,7 @@ def test_answer_of_a_destination_is_durable_before_it_is_acknowledged(receiver: 
     association.release()
 
     assert statuses == [0x0000, 0x0000]
-    assert kept(receiver) == [
+    assert answers(receiver) == [
         Answer(transaction_uid="2.25.77", committed=("2.25.1",), failed={"2.25.2": 0x0112}, calling_ae=PACS)
     ]
 
@@ -106,7 +114,7 @@ def test_report_that_is_no_answer_is_refused(receiver: Running, changes: dict[st
     association.release()
 
     assert statuses == [0x0115, 0x0000]
-    assert len(kept(receiver)) == 1
+    assert len(answers(receiver)) == 1
 
 
 def test_report_that_cannot_be_kept_is_to_be_sent_again(receiver: Running) -> None:
@@ -117,3 +125,79 @@ def test_report_that_cannot_be_kept_is_to_be_sent_again(receiver: Running) -> No
     association.release()
 
     assert status == 0x0213
+
+
+# --- Orthanc --------------------------------------------------------------------------------------------------------
+
+
+def test_orthanc_vouches_for_what_it_has_and_tells_what_it_lost(tmp_path: Path, sqlite_url: str) -> None:
+    """C-STORE, N-ACTION, its report on an association of its own to our receiver, and the states that follow."""
+    pacs = frozenset({("ORTHANC", "MEDPRUNER")})
+    with open_database(sqlite_url) as sessions, running(tmp_path / "spool", vouching=pacs) as receiver:
+        modalities = {"us": Modality("MEDPRUNER", receiver.port)}
+        with Orthanc(tmp_path / "orthanc", ae_title="ORTHANC", modalities=modalities) as orthanc:
+            kept, lost = stored_results(sessions, tmp_path)
+            destination = DestinationSettings(
+                name="pacs", ae_title="ORTHANC", host="127.0.0.1", port=orthanc.port, storage_commitment=True
+            )
+            settings = Settings.model_validate({"data": {"path": tmp_path}, "spool": {"path": receiver.spool.path}})
+            assert delivery.deliver_due(settings, destination, sessions, NOW) == 2
+            assert state(sessions, kept) == state(sessions, lost) == "delivered"
+            (instance,) = orthanc.find("Instance", SOPInstanceUID=uid(2))
+            orthanc.ask("DELETE", f"/instances/{instance}")
+
+            assert delivery.prove_due(settings, destination, sessions, datetime.now(UTC)) == 2
+            wait_until(lambda: bool(answers(receiver)))
+            commitment.take_answers(receiver.spool.path, sessions, {"pacs": destination}, datetime.now(UTC))
+
+    assert (state(sessions, kept), state(sessions, lost)) == ("committed", "pending")
+    assert "0x0112 no such object instance" in str(get(sessions, Delivery, lost).reason)
+
+
+def test_result_is_proved_by_a_find_at_orthanc(tmp_path: Path, sqlite_url: str) -> None:
+    """IMAGE level, by the SOP Instance UID."""
+    with open_database(sqlite_url) as sessions:
+        modalities = {"us": Modality("MEDPRUNER", 1)}
+        with Orthanc(tmp_path / "orthanc", ae_title="ORTHANC", modalities=modalities) as orthanc:
+            kept, _ = stored_results(sessions, tmp_path)
+            destination = DestinationSettings(
+                name="pacs", ae_title="ORTHANC", host="127.0.0.1", port=orthanc.port, proof="find"
+            )
+            settings = Settings.model_validate({"data": {"path": tmp_path}})
+            delivery.deliver_due(settings, destination, sessions, NOW)
+
+            delivery.prove_due(settings, destination, sessions, datetime.now(UTC))
+
+    assert (state(sessions, kept), get(sessions, Delivery, kept).reason) == ("committed", "found by C-FIND")
+
+
+def uid(number: int) -> str:
+    return f"2.25.4000.{number}"
+
+
+def state(sessions: sessionmaker[Session], delivery_id: int) -> str:
+    return str(get(sessions, Delivery, delivery_id).state.value)
+
+
+def stored_results(sessions: sessionmaker[Session], data: Path) -> list[int]:
+    """Two results on disk and on record that are due for the destination `pacs`; their deliveries."""
+    ids = []
+    (data / "outbox").mkdir()
+    for number in (1, 2):
+        dataset = instance(number, study_uid=f"2.25.1000.{number}")
+        dataset.SOPInstanceUID = uid(number)
+        whole = file_header(CTImageStorage, uid(number), ExplicitVRLittleEndian) + encode(dataset)
+        path = data / "outbox" / f"{number}.dcm"
+        path.write_bytes(whole)
+        study_id = add_study(sessions, f"2.25.1000.{number}")
+        ids += add_deliveries(
+            sessions,
+            study_id,
+            "pacs",
+            sop_class_uid=CTImageStorage,
+            sop_instance_uid=uid(number),
+            series_uid=dataset.SeriesInstanceUID,
+            path=f"outbox/{number}.dcm",
+            sha256=digest(whole),
+        )
+    return ids
