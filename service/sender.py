@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydicom import dcmread
-from pynetdicom import AE, build_context
+from pynetdicom import AE, _config, build_context
 from pynetdicom.association import Association
 
 HEADER = ("SOPClassUID", "SOPInstanceUID")
 MAX_CONTEXTS = 128
+
+_config.STORE_SEND_CHUNKED_DATASET = True  # a file's data set goes out as it lies there, never encoded again
 
 
 class CannotSend(Exception):
