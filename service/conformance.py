@@ -25,9 +25,13 @@ from pydicom.uid import (
     RLELossless,
     SegmentationStorage,
 )
-from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]
+    StorageCommitmentPushModel,
+    StudyRootQueryRetrieveInformationModelFind,
+    Verification,
+)
 
-from service import receiver
+from service import commitment, receiver
 from service.delivery import Verdict, judge
 from service.report import codes, example, words
 from service.report.attributes import Action
@@ -37,6 +41,7 @@ from service.report.readable import walk
 from service.report.structured_report import SOP_CLASSES
 from service.shared.settings import CHARSETS, UTF_8, ReportSettings, Settings
 
+PUSH_MODEL, FIND = UID(StorageCommitmentPushModel), UID(StudyRootQueryRetrieveInformationModelFind)
 # What we send as SCU, with the transfer syntaxes proposed; which of them a destination gets is its own setting
 SENT: dict[str, tuple[UID, ...]] = {
     **dict.fromkeys(
@@ -82,6 +87,7 @@ def statement(settings: Settings) -> str:
         _application_entity(settings),
         _receiving(),
         _sending(),
+        _proving(),
         _objects(),
         _templates(),
         _text_and_uids(),
@@ -109,10 +115,15 @@ def _overview() -> Iterator[str]:
             ("Verification", Verification, "yes", "yes"),
             (f"{len(accepted_classes()) - 1} storage classes and any private one (section 3)", "", "", "yes"),
             *((UID(uid).name, uid, "yes", "yes") for uid in SENT),
+            (PUSH_MODEL.name, PUSH_MODEL, "option", ""),
+            (FIND.name, FIND, "option", ""),
         ],
     )
     yield ""
-    yield "No query/retrieve, no worklist, no MPPS, no DICOMweb, no media. Storage Commitment: not yet."
+    yield (
+        "No retrieve, no worklist, no MPPS, no DICOMweb, no media. Storage commitment and query are used to prove that "
+        "a result has arrived (section 4), where a destination is configured for it."
+    )
     yield ""
 
 
@@ -186,13 +197,38 @@ def _sending() -> Iterator[str]:
     yield "Beside the report goes what `[[route]] companions` names: none by default."
     yield ""
     yield (
-        "A result is built once and sent byte for byte the same however often it is sent; one in RLE Lossless goes out "
-        "uncompressed to a destination that refuses RLE Lossless."
+        "A result is built once and sent byte for byte the same however often it is sent. A destination that takes no "
+        "other encoding gets the same content uncompressed in Explicit, else in Implicit VR Little Endian. Where "
+        '`sr_sop_class` is a list or "auto", a report goes out in the first class of the list that is accepted; each '
+        "class is an object with its own UID."
     )
     yield ""
     yield from _table(
         ("Status of the destination", "Our reaction"),
         [(f"0x{status:04X}", _REACTIONS[judge(status).verdict]) for status in _ANSWERS],
+    )
+    yield ""
+
+
+def _proving() -> Iterator[str]:
+    yield "### Storage commitment (SCU)"
+    yield ""
+    yield (
+        "Where `storage_commitment = true`: one N-ACTION (Action Type 1) for up to 64 results after they were stored, "
+        "on an association of its own, in Explicit or Implicit VR Little Endian, without role selection. The "
+        f"N-EVENT-REPORT is taken on the same association within {commitment.ANSWER_WAIT_S:g} s, or on one that the "
+        "destination opens to our receiver, under the AE titles that we call with and call, proposing the SCP role for "
+        "the Push Model (PS3.7 D.3.3.4). It is answered 0x0000 once it is durable, 0x0115 where it is no such answer, "
+        "0x0213 where it cannot be kept. A failed instance is stored again; without an answer for "
+        "`commitment_timeout_s` it is asked again under another Transaction UID, at intervals that double up to a day."
+    )
+    yield ""
+    yield "### Query (SCU)"
+    yield ""
+    yield (
+        'Where `proof = "find"`: C-FIND of the Study Root model at IMAGE level with the Study, Series and SOP Instance '
+        "UID as unique keys. A match counts as committed; a result that is not found "
+        f"{commitment.NOT_FOUND_LIMIT} times is stored again."
     )
     yield ""
 
