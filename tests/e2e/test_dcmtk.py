@@ -56,8 +56,6 @@ def test_doctor_finds_nothing_broken(service: Service) -> None:
         "model",
     }
     assert {found[subject]["state"] for subject in well} == {"ok"}
-        '[[source]] ae_title = "STRANGER"'
-    )
 
 
 def test_paused_destination_is_told_by_status_and_doctor(service: Service) -> None:
