@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,39 +35,6 @@ def test_an_unknown_calling_ae_is_refused(service: Service) -> None:
 
     assert answer.returncode != 0
     assert '[[source]] ae_title = "STRANGER"' in service.log_text()
-
-
-def test_doctor_finds_nothing_broken(service: Service) -> None:
-    """Receiver, destination, queue, database, worker and model of a service that runs are well; exit 0."""
-    service.wait_for_model()
-
-    found = {one["subject"]: one for one in json.loads(service.cli("doctor", "--json"))}
-
-    assert [one for one in found.values() if one["state"] == "fault"] == []
-    well = {
-        "receiver",
-        "destination pacs",
-        "queue",
-        "queue: eviction",
-        "queue: sharing",
-        "database",
-        "backlog",
-        "model",
-    }
-    assert {found[subject]["state"] for subject in well} == {"ok"}
-
-
-def test_paused_destination_is_told_by_status_and_doctor(service: Service) -> None:
-    """It survives what reads it, and a second pause says so."""
-    assert service.cli("pause", "pacs") == "pacs is paused\n"
-    assert service.cli("pause", "pacs") == "pacs was paused already\n"
-    assert json.loads(service.cli("status", "--json"))["destinations"][0]["paused"] is True
-    found = {one["subject"]: one for one in json.loads(service.cli("doctor", "--json"))}
-    assert (found["destination pacs"]["state"], found["destination pacs"]["remedy"]) == (
-        "warning",
-        "`./run resume pacs`",
-    )
-    assert service.cli("resume", "pacs") == "pacs is not paused\n"
 
 
 def test_a_jpeg_2000_study_comes_back_as_one_report(service: Service, storescp: Storescp, body_ct: Path) -> None:
