@@ -35,6 +35,7 @@ from service.shared.db import (
 )
 from service.shared.log import explain_exception
 from service.shared.settings import Settings
+from service.shared.study_cache import bound_cache, remove_cache
 from service.spool import ReceiptError, Spool, key, remove_instance
 
 ACTOR = "service/retention"
@@ -104,6 +105,12 @@ def remove_for_ever(settings: Settings, sessions: sessionmaker[Session], spool: 
             now = datetime.now(UTC)
             remove_instances(sessions, spool, keep_days=settings.spool.keep_days, now=now)
             remove_results(sessions, settings.data.path, keep_days=settings.data.keep_days, now=now)
+            bound_cache(
+                settings.data.path,
+                limit_bytes=int(settings.data.cache_gb * 10**9),
+                keep_s=settings.data.cache_hours * 3600,
+                now_s=now.timestamp(),
+            )
         except (OperationalError, InterfaceError) as error:
             log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
         except Exception as error:  # noqa: BLE001  # this loop must live; what went wrong is logged and tried again
@@ -225,6 +232,7 @@ def forget(
             select(Instance.path).where((Instance.study_id == study_id) | Instance.sop_instance_uid.in_(uids))
         ).all()
     instances = _remove_filed(spool, study.study_uid, filed)
+    remove_cache(data, study_id)
     files, outputs = _remove_outputs(data, analyses, [row.path for row in results])
     with sessions.begin() as session:
         session.execute(delete(Acquisition).where(Acquisition.analysis_id.in_(analyses)))

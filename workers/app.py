@@ -44,11 +44,12 @@ class Child:
     def model_for(self, wanted: ModelSettings) -> VisionLanguageModel:
         """The loaded model, or the one a route asks for instead; one is held at a time.
 
-        The length of a report is a setting of the request, not of the weights, and loads nothing again.
+        The length of a report and what is asked after it are settings of the request, not of the weights, and load
+        nothing again.
         """
         from workers.vlm import open_model  # torch: in the child only
 
-        wanted = wanted.model_copy(update={"max_new_tokens": 1})
+        wanted = wanted.model_copy(update={"max_new_tokens": 1, "coded_findings": None})
         if self.model is None or self.model_settings != wanted:
             self.model = None  # free the old one first
             self.model = open_model(wanted)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,20 @@ class Request:
     paths: tuple[Path, ...]
     prompt: str
     settings: Settings
+    cache: Path | None = None  # the study's own folder of pruned features
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Looked:
+    """One study that was looked at; what is left is to say what is on it."""
+
+    request: Request
+    choice: Choice
+    volume: Volume
+    prepared: Prepared
+    guide: Guide
+    seen: Any
+    timings_s: dict[str, float]
 
 
 def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, bytes]:
@@ -69,6 +84,11 @@ def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, 
 
     Raises Refusal when the study cannot be read for a reason that another attempt will not change.
     """
+    return say([look(request, model)], model)[0]
+
+
+def look(request: Request, model: VisionLanguageModel) -> Looked:
+    """Do everything that concerns this study alone, up to the language model; Refusal as in read()."""
     settings, clock = request.settings, _Clock()
     with clock("headers"):
         headers = read_headers(request.paths)
@@ -80,7 +100,7 @@ def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, 
     with clock("regions"):
         guide = prepared.guide(volume)
     asked = _coded_findings(settings.model, model)
-    generation = model.read(
+    seen = model.look(
         prepared.pixels,
         request.prompt,
         settings.pruning,
@@ -88,11 +108,21 @@ def read(request: Request, model: VisionLanguageModel) -> tuple[AnalysisOutput, 
         dropped=DroppedSlices(settings.pruning.dropped_slices),
         guide=guide,
         questions=partial(questions_about, asked) if asked else None,
+        cache=request.cache,
     )
-    clock.seconds |= generation.timings_s
+    return Looked(request, choice, volume, prepared, guide, seen, clock.seconds)
+
+
+def say(studies: Sequence[Looked], model: VisionLanguageModel) -> list[tuple[AnalysisOutput, bytes]]:
+    """Let the language model speak about some studies together; each gets the words that it gets alone."""
+    generations = model.say([looked.seen for looked in studies])
+    return [_said(looked, generation, model) for looked, generation in zip(studies, generations, strict=True)]
+
+
+def _said(looked: Looked, generation: Generation, model: VisionLanguageModel) -> tuple[AnalysisOutput, bytes]:
     sections = parse(generation.text.replace("\0", ""))  # PostgreSQL keeps no NUL, and no report needs one
-    arrays = _arrays(prepared, generation).to_npz()
-    return _output(request, model, choice, volume, prepared, guide, generation, sections, arrays, clock.seconds), arrays
+    arrays = _arrays(looked.prepared, generation).to_npz()
+    return _output(looked, model, generation, sections, arrays), arrays
 
 
 def _coded_findings(settings: ModelSettings, model: VisionLanguageModel) -> tuple[FindingName, ...]:
@@ -121,17 +151,9 @@ class _Clock:
 
 
 def _output(
-    request: Request,
-    model: VisionLanguageModel,
-    choice: Choice,
-    volume: Volume,
-    prepared: Prepared,
-    guide: Guide,
-    generation: Generation,
-    sections: Sections,
-    arrays: bytes,
-    timings_s: dict[str, float],
+    looked: Looked, model: VisionLanguageModel, generation: Generation, sections: Sections, arrays: bytes
 ) -> AnalysisOutput:
+    request, choice, volume, prepared = looked.request, looked.choice, looked.volume, looked.prepared
     flags = [*model.flags, *volume.flags, *sections.flags, *([Flag.TRUNCATED] if generation.truncated else [])]
     return AnalysisOutput(
         analysis_id=request.analysis_id,
@@ -146,7 +168,7 @@ def _output(
         raw_text=generation.text.replace("\0", ""),
         answers=_answers(generation),
         flags=tuple(dict.fromkeys(flags)),
-        notes=(*volume.notes, *_remarks(guide, request.settings.pruning)),
+        notes=(*volume.notes, *_remarks(looked.guide, request.settings.pruning)),
         limitations=model.limitations,
         model=model.identity,
         prompt=request.prompt,
@@ -158,10 +180,10 @@ def _output(
         scanner=choice.scanner.replace("\0", ""),
         protocol=choice.protocol.replace("\0", ""),
         software=_software(),
-        timings_s={step: round(seconds, 4) for step, seconds in timings_s.items()},
+        timings_s={step: round(spent, 4) for step, spent in (looked.timings_s | generation.timings_s).items()},
         memory_peak_bytes=generation.memory_peak_bytes,
         software_version=VERSION,
-        retention=_retention(prepared, guide, generation),
+        retention=_retention(prepared, looked.guide, generation),
         arrays_sha256=digest(arrays),
     )
 

@@ -48,6 +48,8 @@ class Section(BaseModel):
 class DataSettings(Section):
     path: Path = Path("var")
     keep_days: float = Field(default=90, ge=0)
+    cache_gb: float = Field(default=2, ge=0)
+    cache_hours: float = Field(default=24, gt=0)
 
 
 class ScpSettings(Section):
@@ -112,6 +114,7 @@ class QueueSettings(Section):
     lease_s: float = Field(default=20, gt=0)
     max_attempts: int = Field(default=3, ge=1)
     ring_again_s: float = Field(default=30, gt=0)
+    batch_studies: int = Field(default=1, ge=1, le=64)
 
     @model_validator(mode="after")
     def redelivery_waits_for_the_time_limit(self) -> QueueSettings:

@@ -25,6 +25,7 @@ from torch import Tensor
 from service.shared.messages import SliceOperation
 from service.shared.settings import ModelSettings, PruningSettings
 from tests.bench.nodules import DIAMETERS_MM, SLICE_MM, Case, Floats, Planted, make_case
+from workers.demo_model.channels import area_matrix, ct_images
 from workers.guide import make_guide, pool, pooled_shape
 from workers.preprocess import CT_WINDOWS_HU, Slab, combine, sample, slabs, to_grey
 from workers.pruning.attention import received_attention
@@ -49,6 +50,8 @@ class Tower(Protocol):
     columns: int
     name: str
 
+    def images(self, hu: Floats) -> NDArray[np.uint8]: ...
+
     def encode(self, images: NDArray[np.uint8]) -> Encoded: ...
 
 
@@ -65,9 +68,12 @@ class RandomTower:
         self._query, self._key = (torch.randn(32, 32, generator=random) / 4 for _ in range(2))
         self._groups = blocks(32, 32, 2)
 
+    def images(self, hu: Floats) -> NDArray[np.uint8]:
+        """MedGemma's windows, as small as this tower takes them."""
+        return resized(rgb(hu))
+
     def encode(self, images: NDArray[np.uint8]) -> Encoded:
-        small = resized(images)
-        patches = torch.from_numpy(small).float().div(127.5).sub(1)
+        patches = torch.from_numpy(images).float().div(127.5).sub(1)
         patches = patches.view(-1, 32, 7, 32, 7, 3).permute(0, 1, 3, 2, 4, 5).reshape(len(images), 1024, -1)
         hidden = torch.nn.functional.layer_norm(patches @ self._embed + self._place, (32,))
         queries, keys = (
@@ -79,7 +85,7 @@ class RandomTower:
 
 
 class FolderTower:
-    """The vision tower of a model folder, through its host."""
+    """The vision tower of a model folder, through its host; images with the channels that it was trained on."""
 
     def __init__(self, folder: Path) -> None:
         from workers.vlm import open_model
@@ -88,6 +94,14 @@ class FolderTower:
         self.name = f"{self._host.identity.name} ({self._host.identity.weights_sha256[:12]})"
         prepared = self._host.prepare(np.zeros((1, 8, 8, 3), np.uint8))
         self.rows, self.columns = self._host.token_grid(prepared)
+        self._pixels = self._host.preprocessing.get("pixels")
+
+    def images(self, hu: Floats) -> NDArray[np.uint8]:
+        """MedGemma's windows, or those of the demonstration model with its blobs; a slice is taken for its slab."""
+        if self._pixels is None:
+            return rgb(hu)
+        rows, columns = (area_matrix(size, self._pixels) for size in hu.shape[1:])
+        return ct_images(np.einsum("ph,shw,qw->spq", rows, hu, columns, optimize=True).astype(np.float32))
 
     @torch.inference_mode()
     def encode(self, images: NDArray[np.uint8]) -> Encoded:
@@ -149,7 +163,7 @@ class Methods:
 
     @cached_property
     def thin_images(self) -> NDArray[np.uint8]:
-        return resized(rgb(self.case.hu))
+        return self.tower.images(self.case.hu)
 
     @cached_property
     def thin_encoded(self) -> Encoded:
@@ -223,7 +237,7 @@ class Methods:
                 spacing=Spacing(float(np.median(np.diff(places))), *side),
                 modality="CT",
             )
-            encoded = self.tower.encode(rgb(images))
+            encoded = self.tower.encode(self.tower.images(images))
             self._slabs[slab_mm, operation] = inputs, encoded, guide, torch.zeros(len(inputs), 1)
         return self._slabs[slab_mm, operation]
 

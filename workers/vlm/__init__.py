@@ -19,6 +19,9 @@ from workers.guide import Guide
 from workers.questions import Question
 from workers.vlm.prompt import DroppedSlices
 
+# numbers of the inputs kept (from 1, as the prompt names them) -> what to ask
+Questions = Callable[[Sequence[int]], Sequence[Question]]
+
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
@@ -96,16 +99,36 @@ class VisionLanguageModel(Protocol):
         max_new_tokens: int,
         dropped: DroppedSlices = DroppedSlices.OMIT,
         guide: Guide | None = None,
-        questions: Callable[[Sequence[int]], Sequence[Question]] | None = None,
+        questions: Questions | None = None,
+        cache: Path | None = None,
     ) -> Generation:
-        """Read one study.
+        """Look at one study and say what is on it.
 
         images: (I, H, W, 3), the inputs in stack order. Greedy: the same inputs give the same text.
         guide: of the same inputs, for method `guarded`; without it that method knows of attention alone.
-        questions: given the numbers of the inputs kept (from 1, as the prompt names them), what to ask after the
-            report; each as if it alone followed the report.
+        questions: what to ask after the report, each as if it alone followed the report.
+        cache: the study's own folder; features kept there from an earlier prompt about the same inputs are used.
         Refusal CONTEXT_TOO_LONG when what is left after pruning does not fit the model.
         """
+        ...
+
+    def look(
+        self,
+        images: NDArray[np.uint8],
+        prompt: str,
+        pruning: PruningSettings,
+        *,
+        max_new_tokens: int,
+        dropped: DroppedSlices = DroppedSlices.OMIT,
+        guide: Guide | None = None,
+        questions: Questions | None = None,
+        cache: Path | None = None,
+    ) -> Any:
+        """Do the first half of read(): everything up to the language model, of one study."""
+        ...
+
+    def say(self, studies: Sequence[Any]) -> list[Generation]:
+        """Do the second half for what look() returned, for all studies together: each says what it says alone."""
         ...
 
 

@@ -6,37 +6,45 @@ A host says how its processor, tower, prompt and generate() are fed; everything 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from service.shared.messages import TOKEN_CODES, FindingName, Flag, ModelIdentity, TokenState
 from service.shared.settings import ConfigurationError, PruningMethod, PruningSettings
 from workers.errors import Refusal, RefusalCode
+from workers.faults import Fault, fault_of
 from workers.guide import Guide
 from workers.pruning import guarded
 from workers.pruning.attention import received_attention
-from workers.pruning.finite import NotFinite, require_finite
+from workers.pruning.finite import require_finite
 from workers.pruning.groups import group_mean
 from workers.pruning.guarded import Guards, keep_with_gap_cap
 from workers.pruning.slices import SliceChoice, keep_all, keep_changed
 from workers.pruning.tokens import Reduced, contextual_count, keep_every_token, reduce_tokens
 from workers.questions import Question
-from workers.vlm import Generation, TokenCounts
+from workers.vlm import Generation, Questions, TokenCounts
 from workers.vlm.choice import Choice, Said, can_be_shared, copied, distinct, probabilities
+from workers.vlm.decoding import Decoded, Witness, greedy, up_to_end
 from workers.vlm.folder import Opened
-from workers.vlm.memory import peak_bytes, start_peak
+from workers.vlm.memory import peak_bytes, release, start_peak
 from workers.vlm.prompt import DroppedSlices
+from workers.vlm.survivors import Survivors, cache_key, load, store, survivors_of
 from workers.vlm.tap import watching
 
+log = structlog.get_logger(__name__)
+
+FEWER = 8  # times fewer patches at a time, where memory did not suffice
 PATCHES_AT_ONCE = 32768  # through the tower: 8 slices of 4096 patches, about 1 GiB of activations in bfloat16
 
 
@@ -90,17 +98,17 @@ class PrunedPrompt:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Decoded:
-    """What was generated for some studies together.
+class Seen:
+    """One study after the tower and the token stage, ready to be read by the language model."""
 
-    tokens: per study, up to its own end, end included.
-    cache: keys and values of prompt and report, without the report's last token.
-    """
-
-    tokens: list[Tensor]
-    cache: Any
-    prefill_s: float
-    decode_s: float
+    prompt: PrunedPrompt
+    survivors: Survivors
+    grid: tuple[int, int]  # rows and columns of tokens
+    text_tokens: int
+    max_new_tokens: int
+    questions: tuple[Question, ...]
+    choices: tuple[Choice, ...]
+    timings_s: dict[str, float]
 
 
 class Host(ABC):
@@ -197,7 +205,6 @@ class Host(ABC):
     def text_of(self, tokens: Tensor) -> str:
         """Decode generated tokens, without special ones."""
 
-    @torch.inference_mode()
     def read(
         self,
         images: NDArray[np.uint8],
@@ -207,40 +214,124 @@ class Host(ABC):
         max_new_tokens: int,
         dropped: DroppedSlices = DroppedSlices.OMIT,
         guide: Guide | None = None,
-        questions: Callable[[Sequence[int]], Sequence[Question]] | None = None,
+        questions: Questions | None = None,
+        cache: Path | None = None,
     ) -> Generation:
         """See VisionLanguageModel.read."""
+        seen = self.look(
+            images,
+            prompt,
+            pruning,
+            max_new_tokens=max_new_tokens,
+            dropped=dropped,
+            guide=guide,
+            questions=questions,
+            cache=cache,
+        )
+        return self.say([seen])[0]
+
+    @torch.inference_mode()
+    def look(
+        self,
+        images: NDArray[np.uint8],
+        prompt: str,
+        pruning: PruningSettings,
+        *,
+        max_new_tokens: int,
+        dropped: DroppedSlices = DroppedSlices.OMIT,
+        guide: Guide | None = None,
+        questions: Questions | None = None,
+        cache: Path | None = None,
+    ) -> Seen:
+        """See VisionLanguageModel.look."""
         start_peak(self.opened.device)
         timings: dict[str, float] = {}
-        with self._timed(timings, "processor"):
-            prepared = self.prepare(images)
-        with self._timed(timings, "slice_stage"):
-            choice = choose_slices(prepared.pixels, pruning, guide)
-            asked = self.ask(prompt, prepared, choice, dropped)
-            closed = () if questions is None else tuple(questions((choice.kept.nonzero().flatten() + 1).tolist()))
-            choices = [self.choice_of(question) for question in closed]
-        self._require_room(asked, prepared, choice, pruning, max_new_tokens)
-        with self._timed(timings, "vision"):
-            encoded = self.encode(prepared, choice.kept, self.groups(prepared), scored=is_scored(pruning))
-        with self._timed(timings, "token_stage"):
-            reduced = choose_tokens(encoded, pruning, guards(guide, pruning, choice, self.token_grid(prepared)))
-            pruned = prune(asked, self.placeholder, reduced, encoded.deepstack)
+        survivors, key = None, ""
+        if cache is not None:
+            with self._timed(timings, "study_cache"):
+                key = cache_key(images, pruning, guide, self.identity)
+                survivors = load(cache, key, self.opened.device)
+            if survivors is None:
+                del timings["study_cache"]  # says that it was used
+        if survivors is None:
+            with self._timed(timings, "processor"):
+                prepared = self.prepare(images)
+            with self._timed(timings, "slice_stage"):
+                choice = choose_slices(prepared.pixels, pruning, guide)
+        else:
+            prepared = Prepared(torch.empty(0), survivors.patch_rows, survivors.patch_columns)
+            choice = survivors.choice
+        asked = self.ask(prompt, prepared, choice, dropped)
+        closed = () if questions is None else tuple(questions((choice.kept.nonzero().flatten() + 1).tolist()))
+        choices = [self.choice_of(question) for question in closed]
+        if survivors is None:
+            self._require_room(asked, prepared, choice, pruning, max_new_tokens)
+            survivors = self._survivors(prepared, choice, pruning, guide, timings)
+            if cache is not None:
+                try:
+                    store(cache, key, survivors)
+                except OSError as error:  # a full disk costs the next prompt time, not this study its report
+                    log.warning("features_not_kept", error=type(error).__name__)
+        pruned = without(asked, self.placeholder, survivors)
         turn = max((one.longest for one in choices), default=0)
         self._require_context(len(pruned.input_ids), max_new_tokens + turn)
-        decoded = self.decode([pruned], max_new_tokens)
-        timings |= {"prefill": decoded.prefill_s, "decode": decoded.decode_s}
-        answers: tuple[tuple[float, ...], ...] = ()
-        if closed:
-            with self._timed(timings, "questions"):
-                answers = self.answer(pruned, decoded.tokens[0], choices, decoded.cache)
-        return self._generation(prepared, choice, reduced, asked, decoded.tokens[0], closed, answers, timings)
+        text_tokens = len(asked.input_ids) - survivors.kept.numel()
+        grid = self.token_grid(prepared)
+        return Seen(pruned, survivors, grid, text_tokens, max_new_tokens, closed, tuple(choices), timings)
 
-    def encode(self, prepared: Prepared, kept: Tensor, groups: Tensor, *, scored: bool) -> Encoded:
+    @torch.inference_mode()
+    def say(self, studies: Sequence[Seen]) -> list[Generation]:
+        """See VisionLanguageModel.say."""
+        decoded = self.decode([seen.prompt for seen in studies], max(seen.max_new_tokens for seen in studies))
+        cache = decoded.cache if len(studies) == 1 else None  # others' padding would shift a sliding window
+        generations = []
+        for seen, words in zip(studies, decoded.tokens, strict=True):
+            tokens = words[: seen.max_new_tokens]
+            timings = seen.timings_s | {"prefill": decoded.prefill_s, "decode": decoded.decode_s}
+            answers: tuple[tuple[float, ...], ...] = ()
+            if seen.choices:
+                with self._timed(timings, "questions"):
+                    answers = self.answer(seen.prompt, tokens, seen.choices, cache)
+            generations.append(self._generation(seen, tokens, answers, timings))
+        return generations
+
+    def _survivors(
+        self,
+        prepared: Prepared,
+        choice: SliceChoice,
+        pruning: PruningSettings,
+        guide: Guide | None,
+        timings: dict[str, float],
+    ) -> Survivors:
+        """Tower and token stage; where memory does not suffice, once more with fewer slices at a time."""
+        at_once = PATCHES_AT_ONCE
+        while True:
+            try:
+                with self._timed(timings, "vision"):
+                    encoded = self.encode(
+                        prepared, choice.kept, self.groups(prepared), scored=is_scored(pruning), at_once=at_once
+                    )
+                with self._timed(timings, "token_stage"):
+                    guarding = guards(guide, pruning, choice, self.token_grid(prepared))
+                    reduced = choose_tokens(encoded, pruning, guarding)
+                    rows, columns = prepared.patch_rows, prepared.patch_columns
+                    return survivors_of(choice, reduced, encoded.deepstack, rows, columns)
+            except Exception as error:
+                if fault_of(error) is not Fault.OUT_OF_MEMORY or at_once < PATCHES_AT_ONCE:
+                    raise
+                at_once = PATCHES_AT_ONCE // FEWER
+            # outside the handler, whose traceback holds the tensors that did not fit
+            log.warning("out_of_memory", patches_at_once=at_once)
+            release(self.opened.device)
+
+    def encode(
+        self, prepared: Prepared, kept: Tensor, groups: Tensor, *, scored: bool, at_once: int = PATCHES_AT_ONCE
+    ) -> Encoded:
         """Run the tower over the kept inputs, a few at a time, and score their patches where asked to.
 
-        kept: (I,) bool; groups: (n, patches per token). NotFinite when a feature is.
+        kept: (I,) bool; groups: (n, patches per token); at_once: patches. NotFinite when a feature is.
         """
-        some = max(1, PATCHES_AT_ONCE // (prepared.patch_rows * prepared.patch_columns))
+        some = max(1, at_once // (prepared.patch_rows * prepared.patch_columns))
         parts: list[tuple[Tensor, tuple[Tensor, ...]]] = []
         received: list[Tensor] = []
         mean_keys: list[Tensor] = []
@@ -280,7 +371,7 @@ class Host(ABC):
             self.forget()
         witness.finish()
         generated = output.sequences[:, arguments["input_ids"].shape[1] :].cpu()
-        tokens = [_up_to_end(row, ends) for row in generated]
+        tokens = [up_to_end(row, ends) for row in generated]
         return Decoded(tokens, output.past_key_values, witness.prefill_s, witness.decode_s)
 
     def choice_of(self, question: Question) -> Choice:
@@ -382,35 +473,27 @@ class Host(ABC):
             )
 
     def _generation(
-        self,
-        prepared: Prepared,
-        choice: SliceChoice,
-        reduced: Reduced,
-        asked: Prompt,
-        tokens: Tensor,
-        questions: tuple[Question, ...],
-        answers: tuple[tuple[float, ...], ...],
-        timings: dict[str, float],
+        self, seen: Seen, tokens: Tensor, answers: tuple[tuple[float, ...], ...], timings: dict[str, float]
     ) -> Generation:
-        kept = choice.kept.numpy()
-        inputs, per_input = len(kept), reduced.kept.shape[1]
+        survivors = seen.survivors
+        kept = survivors.choice.kept.numpy()
+        inputs, per_input = len(kept), survivors.kept.shape[1]
         codes = np.full((inputs, per_input), TOKEN_CODES[TokenState.NOT_ENCODED], dtype=np.uint8)
         merged_into = np.full((inputs, per_input), -1, dtype=np.int32)
         scores = np.full((inputs, per_input), np.nan, dtype=np.float32)
-        merged_into[kept] = reduced.merged_into.cpu().numpy()
-        scores[kept] = reduced.scores.cpu().numpy()
+        merged_into[kept] = survivors.merged_into.cpu().numpy()
+        scores[kept] = survivors.scores.cpu().numpy()
         codes[kept] = np.where(
-            reduced.kept.cpu().numpy(),
+            survivors.kept.cpu().numpy(),
             TOKEN_CODES[TokenState.KEPT],
             np.where(merged_into[kept] >= 0, TOKEN_CODES[TokenState.MERGED], TOKEN_CODES[TokenState.DROPPED]),
         )
-        rows, columns = self.token_grid(prepared)
-        ends = self._ends()
+        rows, columns = seen.grid
         return Generation(
             text=self.text_of(tokens),
-            truncated=len(tokens) == 0 or int(tokens[-1]) not in ends,
+            truncated=len(tokens) == 0 or int(tokens[-1]) not in self._ends(),
             inputs_kept=kept,
-            represented_by=choice.anchor.numpy().astype(np.int32),
+            represented_by=survivors.choice.anchor.numpy().astype(np.int32),
             tokens=codes,
             merged_into=merged_into,
             scores=scores,
@@ -420,12 +503,12 @@ class Host(ABC):
                 tokens_in=inputs * per_input,
                 tokens_kept=int((codes == TOKEN_CODES[TokenState.KEPT]).sum()),
                 tokens_merged=int((codes == TOKEN_CODES[TokenState.MERGED]).sum()),
-                tokens_text=len(asked.input_ids) - int(kept.sum()) * per_input,
+                tokens_text=seen.text_tokens,
                 tokens_generated=len(tokens),
             ),
             timings_s=timings,
             memory_peak_bytes=peak_bytes(self.opened.device),
-            questions=questions,
+            questions=seen.questions,
             answers=answers,
         )
 
@@ -439,57 +522,6 @@ class Host(ABC):
         start = self._now()
         yield
         timings[step] = self._now() - start
-
-
-class Witness(LogitsProcessor):
-    """Sees the logits of each step as they are: when the first came, and whether all were numbers.
-
-    NaN logits would make greedy decoding say the token with id 0, silently.
-    """
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self._start = now()
-        self._first: float | None = None
-        self._nan: Tensor | None = None
-        self._end = self._start
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._first is None:
-            self._first = self._now()
-        nan = torch.isnan(scores).any()
-        self._nan = nan if self._nan is None else self._nan | nan
-        return scores
-
-    def finish(self) -> None:
-        """Stop the clock; NotFinite when any step had a NaN."""
-        self._end = self._now()
-        if self._nan is not None and bool(self._nan):
-            raise NotFinite("logits of the language model are NaN; try [model] dtype float32 or bfloat16")
-
-    @property
-    def prefill_s(self) -> float:
-        return (self._first or self._end) - self._start
-
-    @property
-    def decode_s(self) -> float:
-        return self._end - (self._first or self._end)
-
-
-def greedy(max_new_tokens: int, ends: Sequence[int], pad: int) -> GenerationConfig:
-    """Greedy decoding; sampling settings of the model's folder do not apply, for a result must be repeatable."""
-    return GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
-        eos_token_id=list(ends) or None,
-        pad_token_id=pad,
-        use_cache=True,
-        return_dict_in_generate=True,
-    )
 
 
 def is_scored(pruning: PruningSettings) -> bool:
@@ -572,16 +604,21 @@ def choose_tokens(encoded: Encoded, pruning: PruningSettings, guarding: Guards |
 
 
 def prune(prompt: Prompt, placeholder: int, reduced: Reduced, deepstack: Sequence[Tensor]) -> PrunedPrompt:
-    """Take the tokens that were not kept out of the prompt; deepstack rows are selected, not merged."""
+    """Take the tokens that were not kept out of the prompt."""
+    everything = keep_all(len(reduced.kept))
+    return without(prompt, placeholder, survivors_of(everything, reduced, tuple(deepstack), 0, 0))
+
+
+def without(prompt: Prompt, placeholder: int, survivors: Survivors) -> PrunedPrompt:
+    """Return the prompt with the placeholders of the survivors alone, and their features."""
     visual = prompt.input_ids == placeholder
-    kept = reduced.kept.flatten()
     survives = torch.ones_like(visual)
-    survives[visual] = kept.to(visual.device)
+    survives[visual] = survivors.kept.flatten().to(visual.device)
     return PrunedPrompt(
         input_ids=prompt.input_ids[survives],
         positions=None if prompt.positions is None else prompt.positions[:, survives],
-        features=reduced.features.flatten(0, 1)[kept],
-        deepstack=tuple(layer.flatten(0, 1)[kept] for layer in deepstack),
+        features=survivors.features,
+        deepstack=survivors.deepstack,
     )
 
 
@@ -589,10 +626,3 @@ def padded(rows: Sequence[Tensor], value: int) -> Tensor:
     """Stack (..., L_i) tensors along a new first dimension, filled up on the left with `value`."""
     length = max(row.shape[-1] for row in rows)
     return torch.stack([nn.functional.pad(row, (length - row.shape[-1], 0), value=value) for row in rows])
-
-
-def _up_to_end(tokens: Tensor, ends: Sequence[int]) -> Tensor:
-    """Cut what a batch padded behind the end of a shorter text."""
-    is_end = torch.isin(tokens, torch.tensor(list(ends), dtype=tokens.dtype))
-    places = is_end.nonzero()
-    return tokens[: int(places[0]) + 1] if len(places) else tokens

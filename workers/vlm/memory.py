@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 from pathlib import Path
 
@@ -29,3 +30,10 @@ def peak_bytes(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
+
+
+def release(device: torch.device) -> None:
+    """Give back what is held and not used: blocks of another size would not fit into it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -18,6 +18,7 @@ from workers.errors import Refusal, RefusalCode
 from workers.pruning.finite import NotFinite
 from workers.pruning.slices import keep_all
 from workers.vlm import Generation, host
+from workers.vlm.decoding import greedy
 from workers.vlm.folder import open_folder
 from workers.vlm.gemma3 import Gemma3
 from workers.vlm.host import choose_slices, choose_tokens, is_scored, prune
@@ -99,7 +100,7 @@ def test_prompt_and_pixels_are_the_stock_processors(model: Gemma3) -> None:
 def test_off_is_the_stock_model_bit_for_bit(model: Gemma3) -> None:
     """With pruning off, prefill and eight decode steps have the logits of the stock class."""
     stack = images()
-    config = host.greedy(8, [], 0)
+    config = greedy(8, [], 0)
     config.output_logits = config.return_dict_in_generate = True
     prepared = model.prepare(stack)
     choice = choose_slices(prepared.pixels, OFF)

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from service.shared.settings import ConfigurationError, ModelSettings, PruningSettings
 from tests.tiny_models import write_qwen3_vl
 from workers.pruning.slices import SliceChoice, keep_all
+from workers.vlm.decoding import greedy
 from workers.vlm.folder import open_folder
-from workers.vlm.host import choose_slices, choose_tokens, greedy, prune
+from workers.vlm.host import choose_slices, choose_tokens, prune
 from workers.vlm.prompt import DroppedSlices
 from workers.vlm.qwen3_vl import Qwen3VL
 

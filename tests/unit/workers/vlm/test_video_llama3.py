@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from service.shared.settings import ConfigurationError, ModelSettings, PruningSettings
 from tests.tiny_models import write_hulu_med, write_video_llama3
 from workers.pruning.slices import keep_all
+from workers.vlm.decoding import greedy
 from workers.vlm.folder import open_folder
-from workers.vlm.host import Host, choose_tokens, greedy, prune
+from workers.vlm.host import Host, choose_tokens, prune
 from workers.vlm.prompt import DroppedSlices
 from workers.vlm.video_llama3 import VideoLlama3, stock_config
 
