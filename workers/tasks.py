@@ -125,7 +125,7 @@ def _ends_all(error: Exception) -> bool:
 
 
 def _close_error(claims: Sequence[Claim], child: Child, error: Exception) -> None:
-    """Put the end of these analyses on record; after a lost GPU context end this process, so that a fresh one begins."""
+    """Put the end of these analyses on record; where the GPU is lost to this process, end it for a fresh one."""
     fault = fault_of(error)
     place = explain_exception(error)
     for claim in claims:

@@ -142,7 +142,7 @@ class PruningMethod(StrEnum):
 
 
 class PruningSettings(Section):
-    method: PruningMethod = PruningMethod.MEDPRUNER
+    method: PruningMethod = PruningMethod.GUARDED
     slice_stage: bool = True
     token_stage: bool = True
     gamma: float = Field(default=0.05, ge=0, le=2)

@@ -31,6 +31,7 @@ class Read:
             {
                 "data": {"path": folder / "data"},
                 "model": {"path": str(model), "threads": 1, "max_new_tokens": 6},
+                "pruning": {"method": "medpruner"},
             }
         )
         spool = folder / "data" / "spool"

@@ -285,7 +285,7 @@ def test_refusal_is_an_outcome(sessions: sessionmaker[Session], tmp_path: Path, 
 def test_fault_is_tried_again_and_then_fails(sessions: sessionmaker[Session], tmp_path: Path, reader: Reader) -> None:
     """Three attempts; the class and the place of the fault stand in the reason, its text does not."""
     analysis_id = add_analysis(sessions, add_study(sessions))
-    reader.end = raising(RuntimeError(f"CUDA error beside {PLANTED}"))
+    reader.end = raising(RuntimeError(f"a fault beside {PLANTED}"))
 
     states = []
     for _ in range(3):

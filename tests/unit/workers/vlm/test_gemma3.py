@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.shared.messages import TOKEN_CODES, TokenState
+from service.shared.messages import TOKEN_CODES, Aspect, FindingName, TokenState
 from service.shared.settings import ConfigurationError, ModelSettings, PruningSettings
 from workers.demo_model.random_weights import IMAGE_SIZE, TOKENS_PER_IMAGE, write
 from workers.errors import Refusal, RefusalCode
 from workers.pruning.finite import NotFinite
 from workers.pruning.slices import keep_all
+from workers.questions import Question
 from workers.vlm import Generation, host
 from workers.vlm.decoding import greedy
 from workers.vlm.folder import open_folder
@@ -357,3 +359,57 @@ def test_images_of_any_size_are_resized(model: Gemma3) -> None:
     prepared = model.prepare(np.zeros((2, 37, 91, 3), dtype=np.uint8))
 
     assert prepared.pixels.shape == (2, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["cuda", "cpu"])
+def test_too_little_memory_is_tried_with_fewer_slices(
+    model: Gemma3, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Where all slices at once do not fit, an eighth of them does, and the report is the same."""
+    whole = model.read(images(8), QUESTION, PRUNED, max_new_tokens=6)
+    features, sizes = model.features, []
+
+    def small_memory(pixels: torch.Tensor, prepared: host.Prepared) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        sizes.append(len(pixels))
+        if len(pixels) > 1:
+            raise error
+        return features(pixels, prepared)
+
+    monkeypatch.setattr(model, "features", small_memory)
+    monkeypatch.setattr(host, "PATCHES_AT_ONCE", 8 * 14 * 14)
+    again = model.read(images(8), QUESTION, PRUNED, max_new_tokens=6)
+
+    assert sizes == [8, *[1] * 8]
+    assert again.text == whole.text
+
+
+def test_memory_that_never_suffices_ends_the_study(model: Gemma3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller pieces are tried once, not for ever."""
+    tried: list[int] = []
+
+    def none_left(pixels: torch.Tensor, *_: object) -> None:
+        tried.append(len(pixels))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "features", none_left)
+    monkeypatch.setattr(host, "PATCHES_AT_ONCE", 8 * 14 * 14)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        model.read(images(8), QUESTION, OFF, max_new_tokens=6)
+    assert tried == [8, 1]
+
+
+def test_studies_said_together_are_those_said_alone(model: Gemma3) -> None:
+    """Two studies with questions and different lengths of report: text, masks and answers are their own."""
+    ask = Question(FindingName.NODULE, Aspect.PRESENCE, "Is there one?", ("yes", "no"))
+    alone, seen = [], []
+    for count, length in ((3, 4), (7, 9)):
+        values: dict[str, Any] = {"max_new_tokens": length, "questions": lambda kept: [ask]}
+        alone.append(model.read(images(count), QUESTION, PRUNED, **values))
+        seen.append(model.look(images(count), QUESTION, PRUNED, **values))
+
+    together = model.say(seen)
+
+    assert all(same(one, other) for one, other in zip(alone, together, strict=True))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(one.answers, other.answers, atol=1e-5)
