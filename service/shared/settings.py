@@ -130,6 +130,7 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    compile: bool = False
     max_new_tokens: int = Field(default=512, ge=1)
     threads: int = Field(default=0, ge=0)
     coded_findings: tuple[FindingName, ...] | None = None

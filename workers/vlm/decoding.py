@@ -62,8 +62,11 @@ class Witness(LogitsProcessor):
         return self._end - (self._first or self._end)
 
 
-def greedy(max_new_tokens: int, ends: Sequence[int], pad: int) -> GenerationConfig:
-    """Greedy decoding; sampling settings of the model's folder do not apply, for a result must be repeatable."""
+def greedy(max_new_tokens: int, ends: Sequence[int], pad: int, *, static: bool = False) -> GenerationConfig:
+    """Greedy decoding; sampling settings of the model's folder do not apply, for a result must be repeatable.
+
+    static: keys and values in tensors of a fixed size, which lets transformers compile the step on CUDA.
+    """
     return GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -75,6 +78,7 @@ def greedy(max_new_tokens: int, ends: Sequence[int], pad: int) -> GenerationConf
         pad_token_id=pad,
         use_cache=True,
         return_dict_in_generate=True,
+        cache_implementation="static" if static else None,
     )
 
 

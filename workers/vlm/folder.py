@@ -47,6 +47,7 @@ class Opened:
     preprocessing: dict[str, Any] = field(default_factory=dict)
     coded_findings: tuple[FindingName, ...] = ()
     limitations: tuple[str, ...] = ()
+    compile: bool = False
 
 
 def open_folder(settings: ModelSettings, folder: Path | None) -> Host:
@@ -68,6 +69,11 @@ def _open(settings: ModelSettings, folder: Path, *, named: str) -> Host:
     module, name = HOSTS[architecture]
     host: type[Host] = getattr(importlib.import_module(module), name)
     require_features(host.architecture_class)
+    if settings.compile and not getattr(host.architecture_class, "_can_compile_fullgraph", False):
+        raise ConfigurationError(
+            f"[model] compile: {architecture} is not compiled as a whole by transformers {transformers.__version__}; "
+            "leave it false"
+        )
     device = _device(settings)
     dtype = _dtype(settings, device)
     mark = _mark(folder)
@@ -93,6 +99,7 @@ def _open(settings: ModelSettings, folder: Path, *, named: str) -> Host:
             preprocessing=dict(mark.get("preprocessing", {})),
             coded_findings=tuple(FindingName(name) for name in mark.get("coded_findings", ())),
             limitations=tuple(mark.get("limitations", ())),
+            compile=settings.compile,
         )
     )
 

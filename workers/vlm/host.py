@@ -364,7 +364,7 @@ class Host(ABC):
         try:
             output = self.model.generate(
                 **arguments,
-                generation_config=greedy(max_new_tokens, ends, self._pad()),
+                generation_config=greedy(max_new_tokens, ends, self._pad(), static=self.opened.compile),
                 logits_processor=LogitsProcessorList([witness]),
             )
         finally:
