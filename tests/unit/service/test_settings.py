@@ -106,7 +106,7 @@ def test_bytes_that_are_no_text_are_refused(config: Path) -> None:
         ),
         ("[[route]]\nmatches = {}\n", "unknown key 'route.0.matches'; did you mean 'match'?"),
         (f"{DESTINATION}retries = 5\n", "unknown key 'destination.0.retries'; did you mean 'retry_"),
-        ("[data]\nzzz = 1\n", "unknown key 'data.zzz'; known here: keep_days, path"),
+        ("[data]\nzzz = 1\n", "unknown key 'data.zzz'; known here: cache_gb, cache_hours, keep_days, path"),
     ],
 )
 def test_unknown_key_is_refused_with_the_nearest_known_one(config: Path, content: str, said: str) -> None:
