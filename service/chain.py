@@ -39,6 +39,7 @@ from service.shared.settings import AuditSettings
 CANONICAL_VERSION = 1
 BATCH = 1000  # events per transaction: SQLite's other writers wait about 20 ms
 WINDOW = 2000  # ids below the newest chained one that are looked at again in every round
+MOST_WAITING = 10_000  # events that the lag counts: it is asked for with every page
 SEARCH_ALL_S = 3600.0
 PAGE = 10_000  # rows that `verify` reads at a time
 SPAN = 250_000  # rows that a process of `verify` takes at a time
@@ -167,12 +168,16 @@ def append_batch(session: Session, *, search_all: bool = False) -> int:
 
 
 def lag(session: Session) -> Lag:
-    """How far the chainer is behind. Looks at the newest events only; `verify` counts them all."""
-    waiting, oldest = session.execute(
-        select(func.count(AuditEvent.id), func.min(AuditEvent.at))
+    """How far the chainer is behind, up to MOST_WAITING events; `verify` counts them all."""
+    first = (
+        select(AuditEvent.id, AuditEvent.at)
         .outerjoin(AuditChain, AuditChain.event_id == AuditEvent.id)
         .where(AuditChain.event_id.is_(None), AuditEvent.id > _floor(session))
-    ).one()
+        .order_by(AuditEvent.id)
+        .limit(MOST_WAITING)
+        .subquery()
+    )
+    waiting, oldest = session.execute(select(func.count(), func.min(first.c.at)).select_from(first)).one()
     return Lag(session.scalar(select(func.max(AuditChain.seq))) or 0, waiting, oldest)
 
 

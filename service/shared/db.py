@@ -232,6 +232,7 @@ class Analysis(Base):
     __table_args__ = (
         UniqueConstraint("study_id", "revision", "route", "run_number"),
         Index(None, "state", "queued_at"),
+        Index(None, "state", "study_id"),
     )
 
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, or_, select, union_all
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from service.shared import heartbeat
 from service.shared.db import (
@@ -71,18 +71,21 @@ def list_studies(
 
     by_identifier: may the text be looked for among what names a patient?
     """
-    newest = select(func.max(Analysis.id)).where(Analysis.study_id == Study.id).correlate(Study).scalar_subquery()
-    query = (
-        select(Study, StudyHeader, Analysis)
-        .outerjoin(StudyHeader, StudyHeader.study_id == Study.id)
-        .outerjoin(Analysis, Analysis.id == newest)
-        .where(*_study_conditions(which, by_identifier))
-        .limit(limit + 1)
-    )
+    query = select(Study, StudyHeader, Analysis).outerjoin(StudyHeader, StudyHeader.study_id == Study.id)
+    newest_id: Any = Study.id
+    if _analysis_state(which) is None:
+        newest = select(func.max(Analysis.id)).where(Analysis.study_id == Study.id).correlate(Study).scalar_subquery()
+        query = query.outerjoin(Analysis, Analysis.id == newest)
+    else:  # from the analyses in this state, newest study first, as their index has them
+        later = aliased(Analysis)
+        none_later = ~select(later.id).where(later.study_id == Analysis.study_id, later.id > Analysis.id).exists()
+        query = query.join(Analysis, Analysis.study_id == Study.id).where(none_later)
+        newest_id = Analysis.study_id
+    query = query.where(*_study_conditions(which, by_identifier)).limit(limit + 1)
     at = session.scalar(select(Study.first_received_at).where(Study.id == before)) if which.until else None
     if which.until is None:
-        query = query.order_by(Study.id.desc())
-        query = query if before is None else query.where(Study.id < before)
+        query = query.order_by(newest_id.desc())
+        query = query if before is None else query.where(newest_id < before)
     else:  # by time: from the newest id on, one would walk to a day that is long ago
         query = query.order_by(Study.first_received_at.desc(), Study.id.desc())
         if before is not None and at is not None:
@@ -134,12 +137,15 @@ def _study_conditions(which: StudyFilter, by_identifier: bool) -> list[ColumnEle
                     .where(Delivery.state.in_(open_ones))
                 )
             )
-        case state:
-            wanted = AnalysisState(state.value)
-            conditions.append(Analysis.state == wanted)
-            if wanted is not AnalysisState.DONE:  # nearly all are done: there the newest come first without help
-                conditions.append(Study.id.in_(select(Analysis.study_id).where(Analysis.state == wanted)))
+        case _:
+            conditions.append(Analysis.state == _analysis_state(which))
     return conditions
+
+
+def _analysis_state(which: StudyFilter) -> AnalysisState | None:
+    """The state of the newest analysis that is asked for."""
+    others = (None, Narrowing.RECEIVING, Narrowing.HELD, Narrowing.UNDELIVERED)
+    return None if which.state in others else AnalysisState(str(which.state))
 
 
 def _names(text: str, by_identifier: bool) -> ColumnElement[bool]:
