@@ -42,6 +42,7 @@ from service import (
     notify,
     printing,
     probes,
+    receive,
     refusal_feed,
     requestor,
     results,
@@ -53,9 +54,7 @@ from service import (
 )
 from service.atna import Node
 from service.broker import NoRedisServer
-from service.certificates import CertificateError
 from service.demo import run_demo
-from service.receiver import Receiver
 from service.report import validation
 from service.shared import VERSION, audit, schema, transitions
 from service.shared.audit import AuditKind
@@ -71,10 +70,9 @@ from service.shared.settings import (
     resolve,
     spool_folder,
 )
-from service.spool import Spool, SpoolInUse
+from service.spool import Spool
 from service.web.accounts_cli import make_user_app
 
-RECEIVER_GRACE_S = 20.0
 SCHEMA_WAIT_S = 0.5
 STATS_OF = timedelta(days=7)
 MOST_PROCESSES = 4  # of `audit verify`; the database works as hard as they do
@@ -147,22 +145,10 @@ def _serve_all(settings: Settings, config: Path | None, stop: Event, *, with_wor
 
 
 def _receive(settings: Settings, stop: Event) -> None:
-    spool = Spool(spool_folder(settings), int(settings.spool.min_free_gb * 1e9))
     try:
-        vouching = frozenset(
-            (one.ae_title, one.calling_ae_title or settings.scp.ae_title)
-            for one in settings.destination
-            if one.storage_commitment
-        )
-        receiver = Receiver(settings.scp, settings.source, spool, vouching=vouching)
-        receiver.start()
-    except CertificateError as error:
-        raise _fail(f"[scp] tls: {error}") from error
-    except (SpoolInUse, OSError) as error:
-        text = str(error) if isinstance(error, SpoolInUse) else error.strerror
-        raise _fail(f"[scp] {settings.scp.host}:{settings.scp.port}: {text}") from error
-    stop.wait()
-    receiver.stop(RECEIVER_GRACE_S)
+        receive.receive(settings, stop)
+    except receive.CannotReceive as error:
+        raise _fail(str(error)) from error
 
 
 def _ingest(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:

@@ -44,12 +44,17 @@ def commands(settings: Settings, config: Path | None, *, with_worker: bool) -> l
     """What `serve` runs, in the order in which it is started."""
     tail = ["--config", str(config)] if config else []
     roles = [role for role in ROLES if role != "web" or settings.web.enabled]
-    wanted = [(role, [sys.executable, "-m", "service", "serve", "--role", role, *tail]) for role in roles]
+    wanted = [(role, [sys.executable, "-m", *_program(role), *tail]) for role in roles]
     if with_worker:
         wanted.append(("worker", [sys.executable, "-m", "workers", "worker", *tail]))
     if not settings.queue.url.get_secret_value():
         wanted.append((QUEUE, redis_command(settings.data.path)))
     return wanted
+
+
+def _program(role: str) -> list[str]:
+    """The receiver loads nothing but itself: senders wait for it after it died."""
+    return ["service.receive"] if role == "receive" else ["service", "serve", "--role", role]
 
 
 def supervise(wanted: list[tuple[str, list[str]]], stop: Event) -> None:

@@ -316,7 +316,7 @@ class Service:
         for pid in children_of(self.pid):
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-                if name in words or (name == "redis" and "redis-server" in words[0]):
+                if name in words or f"service.{name}" in words or (name == "redis" and "redis-server" in words[0]):
                     return pid
         return 0
 

@@ -72,7 +72,7 @@ class State:
 
 
 class Receiving:
-    """`serve --role receive` in a process of its own."""
+    """The receiver as `serve` starts it."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,8 +87,7 @@ class Receiving:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    *(*DIES_WITH_US, sys.executable, "-m", "service"),
-                    *("serve", "--role", "receive", "--config", str(self.config)),
+                    *(*DIES_WITH_US, sys.executable, "-m", "service.receive", "--config", str(self.config)),
                 ],
                 cwd=PROJECT,
                 stdin=subprocess.DEVNULL,

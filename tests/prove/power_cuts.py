@@ -85,13 +85,19 @@ def record(folder: Path, instances: int, seed: int) -> Recording:
     engine = open_engine(database_url(settings))
     schema.upgrade(engine)
     sessions = open_sessions(engine)
-    role = f"{sys.executable} -m service serve --config {config} --role"
+    receive, ingest = (
+        f"{sys.executable} -m {what} --config {config}" for what in ("service.receive", "service serve --role ingest")
+    )
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             [
                 *(*DIES_WITH_US, find_program("strace"), "-f", "-y", "-xx", "-qq", "-s", "10000000"),
                 *("--seccomp-bpf", "-e", f"trace={CALLS}", "-o", str(trace)),
-                *("sh", "-c", f"{role} receive & {role} ingest & wait"),
+                *(
+                    "sh",
+                    "-c",
+                    f"{receive} & {ingest} & wait",
+                ),
             ],
             cwd=PROJECT,
             stdin=subprocess.DEVNULL,
