@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
 from math import isqrt
 from typing import Any
@@ -79,7 +81,7 @@ class Encoded:
     received: Tensor
     keys: Tensor
     suspicion: Tensor
-    guide: Guide
+    guide: Callable[[], Guide]
     labels: Labels
     places: Places
 
@@ -91,11 +93,14 @@ class Encoded:
 
 def encode_example(eyes: Eyes, example: Example) -> Encoded:
     """One scan of a training scene."""
-    return encode(eyes, example.images, example.labels, guide_of(example.phantom), places_of(example.phantom))
+    guide = cache(partial(guide_of, example.phantom))  # costs more than the tower, and only `guarded` asks for it
+    return encode(eyes, example.images, example.labels, guide, places_of(example.phantom))
 
 
 @torch.no_grad()
-def encode(eyes: Eyes, images: NDArray[np.uint8], labels: Labels, guide: Guide, places: Places) -> Encoded:
+def encode(
+    eyes: Eyes, images: NDArray[np.uint8], labels: Labels, guide: Callable[[], Guide], places: Places
+) -> Encoded:
     """images: (S, P, P, 3) uint8."""
     attention: Any = eyes.tower.encoder.layers[-1].self_attn
     caught: list[Tensor] = []
@@ -188,9 +193,8 @@ def show_pruned(encoded: Encoded, setting: Setting, random: np.random.Generator)
     scored = host.is_scored(setting.pruning)
     known = host.Encoded(features, (), encoded.received if scored else None, encoded.keys.float() if scored else None)
     grid = (encoded.side, encoded.side)
-    reduced = host.choose_tokens(
-        known, setting.pruning, host.guards(encoded.guide, setting.pruning, keep_all(slabs), grid)
-    )
+    guide = encoded.guide() if setting.pruning.method is PruningMethod.GUARDED else None
+    reduced = host.choose_tokens(known, setting.pruning, host.guards(guide, setting.pruning, keep_all(slabs), grid))
     kept = reduced.kept & torch.from_numpy(random.random((slabs, tokens)) < setting.share)
     standing = random.random((slabs, 1)) < setting.slabs
     return Shown(reduced.features, kept & torch.from_numpy(standing | ~standing.any()))

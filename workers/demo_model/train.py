@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--decay-from", type=float)
-    parser.add_argument("--short", type=int, help="decoder: steps with short readings")
+    parser.add_argument("--short", type=float, help="decoder: share of the training with short readings")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--rank", type=int, help="be this one of the processes, and start none")
     parser.add_argument("--port", type=int, default=29517)

@@ -47,8 +47,9 @@ class DecoderPlan:
     reports: int = 16  # per step and process at most
     questions: int = 7  # after each report at most
     tokens: int = 3000  # of all readings of a step and process together
-    fresh: int = 1  # studies encoded per step and process
-    kept: int = 2000  # encoded studies in memory per process
+    fresh: int = 1  # studies encoded at a time, per process
+    every: int = 2  # steps from one time to the next
+    kept: int = 1000  # encoded studies in memory per process
     first: int = 24
     rate: float = 1.5e-3
     decay_from: float = 0.5
@@ -158,7 +159,8 @@ def train_decoder(
     for step in range(begin, plan.steps):
         elapsed = time.monotonic() - wall
         over = schedule.share(step, elapsed)
-        cache += [encode_example(eyes, study) for study in next(studies)]
+        if step % plan.every == 0:
+            cache += [encode_example(eyes, study) for study in next(studies)]
         del cache[: max(0, len(cache) - plan.kept)]
         short = over < plan.short
         chosen = random.permutation(len(cache))[: plan.reports]

@@ -104,7 +104,7 @@ def test_the_guide_of_training_is_the_workers(encoded: Encoded) -> None:
     """It finds both lungs in a chest, in every third."""
     guide = guide_of(scan(build(3, SLABS), np.random.default_rng(0)))
 
-    assert guide.names == encoded.guide.names
+    assert guide.names == encoded.guide().names
     assert sum(" lung" in name for name in guide.names) == 6
 
 
