@@ -62,6 +62,15 @@ class Optimisers:
             optimiser.load_state_dict(state)
 
 
+def agreed(seconds: float, processes: int) -> float:
+    """The first process's clock, so that all of them end at the same step."""
+    if processes == 1:
+        return seconds
+    told = torch.tensor([seconds], dtype=torch.float64)
+    torch.distributed.broadcast(told, src=0)
+    return float(told)
+
+
 def average_gradients(module: nn.Module, processes: int) -> None:
     """Mean of the gradients of all processes, in one message."""
     if processes == 1:

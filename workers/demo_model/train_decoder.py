@@ -22,7 +22,7 @@ from workers.demo_model.accuracy import Accuracy, accuracy_of
 from workers.demo_model.dialogue import Row, Writer, dialogue_loss, draw_questions, padded
 from workers.demo_model.encode import Encoded, Shown, draw_setting, encode_example, show_pruned, show_suspects
 from workers.demo_model.folder import new_model, tokenizer
-from workers.demo_model.optimise import Optimisers, Schedule, average_gradients
+from workers.demo_model.optimise import Optimisers, Schedule, agreed, average_gradients
 from workers.demo_model.pool import Mixture, examples
 from workers.demo_model.report_text import read
 from workers.demo_model.train_vision import Eyes, held_out_examples
@@ -157,7 +157,7 @@ def train_decoder(
     held_out = [encode_example(eyes, study) for study in held_out_examples(plan.held_out)] if rank == 0 else []
     begun, wall, losses = time.process_time(), time.monotonic(), []
     for step in range(begin, plan.steps):
-        elapsed = time.monotonic() - wall
+        elapsed = agreed(time.monotonic() - wall, processes)
         over = schedule.share(step, elapsed)
         if step % plan.every == 0:
             cache += [encode_example(eyes, study) for study in next(studies)]

@@ -21,7 +21,7 @@ from transformers import Gemma3ForConditionalGeneration, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from workers.demo_model.architecture import config, start_vision, vision_config
-from workers.demo_model.optimise import Optimisers, Schedule, average_gradients
+from workers.demo_model.optimise import Optimisers, Schedule, agreed, average_gradients
 from workers.demo_model.phantom import SLABS, build, draw_kind
 from workers.demo_model.pool import (
     PATCHES_PER_SIDE,
@@ -216,7 +216,7 @@ def train_vision(
     begun, wall, losses = time.process_time(), time.monotonic(), []
     held_out = held_out_examples(plan.held_out) if rank == 0 else []
     for step in range(first, plan.steps):
-        elapsed = time.monotonic() - wall
+        elapsed = agreed(time.monotonic() - wall, processes)
         over = schedule.share(step, elapsed)
         full = over >= plan.full_from
         pixels, patches, tokens = batch_of(next(batches), max(1, plan.slabs // 2) if full else plan.slabs, random)
