@@ -169,7 +169,7 @@ def paired(with_pruning: Outcome, without: Outcome, seed: int = 0) -> tuple[Diff
 
 
 def report(
-    answers: Answers, seeds: range, settings: Sequence[Setting], truths: dict[int, Labels]
+    answers: Answers, seeds: Sequence[int], settings: Sequence[Setting], truths: dict[int, Labels]
 ) -> tuple[str, list[Any]]:
     """The tables in Markdown, and one row per setting for the plot."""
     lines: list[str] = []
@@ -204,7 +204,7 @@ def report(
                 differences.append(f"| {setting.name} | {name} | {sensitivity} | {precision} |")
         survival.append(f"| {setting.name} | {' | '.join(map(str, survivors(found, truths)))} |")
     text = [
-        f"Seeds {seeds.start} to {seeds.stop - 1}. Kept, and CPU seconds (drawing the phantom left out):",
+        f"{len(seeds)} phantoms of seeds {seeds[0]} to {seeds[-1]}. Kept, and CPU seconds (drawing the phantom left out):",
         "",
         *funnel,
         "",
@@ -236,14 +236,14 @@ def survivors(found: Sequence[Reading], truths: dict[int, Labels]) -> list[Rate]
     return result
 
 
-def measured(accuracy: Accuracy, seeds: range) -> dict[str, Any]:
+def measured(accuracy: Accuracy, seeds: Sequence[int]) -> dict[str, Any]:
     """What a report may quote of the weights: rates with their 95 % intervals, unpruned."""
 
     def rate(found: Rate) -> list[float]:
         return [round(value, 3) for value in (found.value, *found.interval)]
 
     return {
-        "on": f"{accuracy.studies} computed phantoms, seeds {seeds.start} to {seeds.stop - 1}, unpruned",
+        "on": f"{accuracy.studies} computed phantoms of seeds {seeds[0]} to {seeds[-1]}, unpruned",
         "sensitivity": {name: rate(found.sensitivity) for name, found in accuracy.detections.items()},
         "precision": {name: rate(found.precision) for name, found in accuracy.detections.items()},
         "sensitivity_by_nodule_diameter": {name: rate(found) for name, found in accuracy.sensitivity_by_size.items()},

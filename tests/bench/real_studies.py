@@ -74,9 +74,8 @@ def compare(
         scores, kept, total, seconds = [], 0, 0, []
         for number, (study, reference) in enumerate(known.items(), 1):
             paths = tuple(sorted(path for path in folders[study].rglob("*") if path.is_file()))
-            request = Request(
-                number, study, paths, ReportSettings().prompt, Settings(pruning=pruning), tuple(reference.findings)
-            )
+            asked = ModelSettings(coded_findings=tuple(reference.findings))
+            request = Request(number, study, paths, ReportSettings().prompt, Settings(model=asked, pruning=pruning))
             try:
                 output, _ = read(request, host)
             except Refusal as refusal:
