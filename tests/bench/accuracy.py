@@ -204,7 +204,7 @@ def report(
                 differences.append(f"| {setting.name} | {name} | {sensitivity} | {precision} |")
         survival.append(f"| {setting.name} | {' | '.join(map(str, survivors(found, truths)))} |")
     text = [
-        f"{len(seeds)} phantoms of seeds {seeds[0]} to {seeds[-1]}. Kept, and CPU seconds (drawing the phantom left out):",
+        f"{len(seeds)} phantoms of seeds {seeds[0]} to {seeds[-1]}. Kept, and CPU seconds (phantoms not counted):",
         "",
         *funnel,
         "",
