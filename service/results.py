@@ -5,6 +5,7 @@ Results are built once, gated, stored with their digest, and only then named in 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,17 +29,18 @@ from service.report.identity import PriorDocument, RelatedObject, RunIdentity
 from service.report.key_objects import build_key_objects
 from service.report.parametric_map import build_parametric_map
 from service.report.pixels import DecodedOnce, PixelLimits
+from service.report.refusal import NEVER_REPORTED, no_arrays, refused_output
 from service.report.retention_map import build_secondary_capture, wanted_frames
 from service.report.segmentation import build_segmentation
-from service.report.source import SourceStudy, read_source
+from service.report.source import SourceError, SourceStudy, read_source
 from service.report.structured_report import build_sr
 from service.report.text_report import build_text_report
-from service.shared import transitions
+from service.shared import VERSION, transitions
 from service.shared.db import Analysis, AnalysisState, Result, ResultState, Study
 from service.shared.durable import digest, make_folder, write_durably
 from service.shared.inputs import inputs_of
 from service.shared.log import explain_exception
-from service.shared.messages import AnalysisOutput, RetentionArrays, load_output
+from service.shared.messages import AnalysisOutput, Flag, RetentionArrays, load_output
 from service.shared.settings import (
     UTF_8,
     Companion,
@@ -49,10 +51,12 @@ from service.shared.settings import (
     SrSopClass,
     route_called,
     route_destinations,
+    routes,
     spool_folder,
 )
 
 ACTOR = "service/results"
+REFUSALS_OF = timedelta(days=1)
 REPORT = "sr-"  # how the kind of a report begins; companions have the names of the configuration
 TRY_AGAIN = timedelta(seconds=60)  # after a fault in building; the analysis stays `read` meanwhile
 
@@ -77,13 +81,16 @@ def build_for_ever(settings: Settings, sessions: sessionmaker[Session], stop: Ev
     while not stop.is_set():
         now = datetime.now(UTC)
         try:
-            for analysis_id in waiting(sessions):
+            for analysis_id in [*waiting(sessions), *refused(settings, sessions, now)]:
                 if now < not_before.get(analysis_id, now):
                     continue
                 try:
                     build(settings, sessions, analysis_id)
                 except (OperationalError, InterfaceError):
                     raise
+                except SourceError as error:  # nothing to write a report on, and no second attempt changes that
+                    log.error("no_report_possible", analysis_id=analysis_id, reason=str(error))
+                    not_before[analysis_id] = now + REFUSALS_OF
                 except Exception as error:  # noqa: BLE001  # the analysis stays `read` and is tried again
                     log.error("results_fault", analysis_id=analysis_id, error=explain_exception(error))
                     not_before[analysis_id] = now + TRY_AGAIN
@@ -109,6 +116,30 @@ def waiting(sessions: sessionmaker[Session]) -> list[int]:
         )
 
 
+def refused(settings: Settings, sessions: sessionmaker[Session], now: datetime) -> list[int]:
+    """Refused analyses of routes with `report_refusals` that have no result yet; of the last day alone.
+
+    So a route that starts to report refusals does not send reports on every study that was ever refused.
+    """
+    names = [route.name for route in routes(settings) if route.report_refusals]
+    if not names:
+        return []
+    with sessions() as session:
+        return list(
+            session.scalars(
+                select(Analysis.id)
+                .where(
+                    Analysis.state == AnalysisState.REFUSED,
+                    Analysis.route.in_(names),
+                    Analysis.finished_at > now - REFUSALS_OF,
+                    Analysis.reason_code.not_in(NEVER_REPORTED),
+                    ~select(Result.id).where(Result.analysis_id == Analysis.id).exists(),
+                )
+                .order_by(Analysis.finished_at)
+            )
+        )
+
+
 def build(settings: Settings, sessions: sessionmaker[Session], analysis_id: int) -> None:
     """Build, gate and store every result of one analysis, then name them all in one transaction."""
     with sessions() as session:
@@ -116,11 +147,23 @@ def build(settings: Settings, sessions: sessionmaker[Session], analysis_id: int)
         study = session.get_one(Study, analysis.study_id)
         paths = _instances(session, analysis, spool_folder(settings))
         predecessors = _predecessors(session, analysis, study)
-    if analysis.output_path is None or analysis.output_sha256 is None:
-        raise ValueError(f"analysis {analysis_id} is `read` and has no output on record")
-    output, arrays = load_output(settings.data.path / analysis.output_path, analysis.output_sha256)
+        changed = _what_changed(session, analysis)
+        modality = _modality(session, analysis)
     source = read_source(paths, default_charset=settings.report.default_charset)
-    run = _run(analysis, study, output, predecessors)
+    if analysis.state is AnalysisState.REFUSED:
+        output = refused_output(
+            source,
+            analysis_id=analysis_id,
+            modality=modality,
+            reason=analysis.reason or "no reason on record",
+            software_version=analysis.software_version or VERSION,
+        )
+        arrays = no_arrays()
+    elif analysis.output_path is None or analysis.output_sha256 is None:
+        raise ValueError(f"analysis {analysis_id} is `read` and has no output on record")
+    else:
+        output, arrays = load_output(settings.data.path / analysis.output_path, analysis.output_sha256)
+    run = _run(analysis, study, output, predecessors, changed)
     stored: dict[str, tuple[Result, list[str]]] = {}  # by SOP Instance UID
     for made in objects(settings, analysis.route, output, arrays, source, run):
         before = stored.get(str(made.dataset.SOPInstanceUID))
@@ -133,7 +176,14 @@ def build(settings: Settings, sessions: sessionmaker[Session], analysis_id: int)
     # What people read goes first: no report waits behind a large map
     results = sorted(stored.values(), key=lambda one: not one[0].kind.startswith(REPORT))
     with sessions.begin() as session:
-        done = transitions.finish_analysis(session, analysis, results, now=datetime.now(UTC), actor=ACTOR)
+        done = transitions.finish_analysis(
+            session,
+            analysis,
+            results,
+            header_faults=[f"{repair.keyword}: {repair.action.value}" for repair in source.repairs],
+            now=datetime.now(UTC),
+            actor=ACTOR,
+        )
     if not done:
         return
     for result, names in results:
@@ -171,7 +221,8 @@ def objects(
     """
     route = _route(settings, route_name)
     destinations = route_destinations(settings, route) if route else ()
-    companions = list(_companions(route.companions, output, arrays, source, settings.report, run)) if route else []
+    wanted = route.companions if route and Flag.NOT_ANALYSED not in output.flags else ()
+    companions = list(_companions(wanted, output, arrays, source, settings.report, run))
     by_charset: dict[str, list[DestinationSettings]] = {}
     for destination in destinations:
         by_charset.setdefault(destination.charset, []).append(destination)
@@ -307,22 +358,45 @@ def _said_of(made: Made) -> list[str]:
 
 
 def _run(
-    analysis: Analysis, study: Study, output: AnalysisOutput, predecessors: tuple[PriorDocument, ...]
+    analysis: Analysis, study: Study, output: AnalysisOutput, predecessors: tuple[PriorDocument, ...], changed: str
 ) -> RunIdentity:
-    if analysis.started_at is None:
-        raise ValueError(f"analysis {analysis.id} was read and never started")
+    began = analysis.started_at or analysis.queued_at
     return RunIdentity(
         analysis_key=(study.study_uid, str(analysis.revision), analysis.route, str(analysis.run_number)),
-        content_time=analysis.started_at,
+        content_time=began,
         software_version=output.software_version,
         predecessors=predecessors,
-        revision_note=f"Revision {analysis.revision}, run {analysis.run_number}." if predecessors else "",
+        revision_note=changed,
     )
 
 
 def _instances(session: Session, analysis: Analysis, spool: Path) -> list[Path]:
-    """The files of the series that was read."""
-    return [spool / one.path for one in inputs_of(session, analysis) if one.series_uid == analysis.series_uid]
+    """The files of the series that was read; of every image where none was."""
+    return [
+        spool / one.path
+        for one in inputs_of(session, analysis)
+        if analysis.state is AnalysisState.REFUSED or one.series_uid == analysis.series_uid
+    ]
+
+
+def _modality(session: Session, analysis: Analysis) -> str:
+    """The commonest of the study's images."""
+    counted = Counter(one.modality for one in inputs_of(session, analysis))
+    return counted.most_common(1)[0][0] if counted else ""
+
+
+def _what_changed(session: Session, analysis: Analysis) -> str:
+    """What is new since the analysis that this one follows, in words; empty for the first."""
+    if analysis.predecessor_id is None:
+        return ""
+    before = session.get_one(Analysis, analysis.predecessor_id)
+    this = f"This is revision {analysis.revision}, run {analysis.run_number}; an earlier report was on revision"
+    earlier = f"{this} {before.revision}, run {before.run_number}."
+    came = sum(one.revision > before.revision for one in inputs_of(session, analysis))
+    if not came:
+        return f"{earlier} The same images were read again."
+    images = "1 image has" if came == 1 else f"{came} images have"
+    return f"{earlier} {images} come or changed since."
 
 
 def _predecessors(session: Session, analysis: Analysis, study: Study) -> tuple[PriorDocument, ...]:

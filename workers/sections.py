@@ -13,7 +13,8 @@ REPEATS = 4  # a phrase that comes so often in a row is a loop, not a report
 _HEADING = re.compile(r"(?im)(?:^|(?<=[.\n]))\s*[*#_]*\s*(findings|impression|conclusion)\s*[*_]*\s*:[*_]*\s*")
 _LOOP = re.compile(r"(?s)(.{12,200}?)\1{" + str(REPEATS - 1) + r",}")
 _DECLINES = re.compile(
-    r"(?i)\b(i'?m|i am) (sorry|unable)|\bi (can(no|')t|am not able to) (provide|interpret|analy[sz]e|read|give)"
+    r"(?i)\b(i'?m|i am) (sorry|unable|not able)|\bas an ai\b"
+    r"|\bi (can(no|')t|am not able to) (provide|interpret|analy[sz]e|read|give)"
 )
 
 
@@ -29,8 +30,11 @@ class Sections:
 def parse(text: str) -> Sections:
     """Return findings and impression. Text without headings stands whole under findings, flagged UNPARSED."""
     flags = []
-    shortened = _without_loop(text.strip())
-    if shortened != text.strip():
+    bounded = text.strip()[:LONGEST_TEXT]
+    if bounded != text.strip():
+        flags.append(Flag.TRUNCATED)
+    shortened = _without_loop(bounded)
+    if shortened != bounded:
         flags.append(Flag.REPETITION)
     if _DECLINES.search(shortened[:400]):
         flags.append(Flag.REFUSED)
@@ -47,8 +51,8 @@ def parse(text: str) -> Sections:
 
 
 def _without_loop(text: str) -> str:
-    """Cut at the second round of the first loop, and anything beyond LONGEST_TEXT."""
+    """Cut at the second round of the first loop."""
     loop = _LOOP.search(text)
     if loop is not None:
         text = text[: loop.start() + len(loop.group(1))]
-    return text[:LONGEST_TEXT]
+    return text

@@ -62,7 +62,7 @@ def common_header(
     dataset.Manufacturer = clipped(settings.manufacturer)
     dataset.ManufacturerModelName = MODEL_NAME
     dataset.DeviceSerialNumber = clipped(settings.device_serial_number)
-    dataset.SoftwareVersions = [clipped(run.software_version), output.model.weights_sha256]
+    dataset.SoftwareVersions = [clipped(run.software_version), *filter(None, [output.model.weights_sha256])]
     if settings.institution:
         dataset.InstitutionName = clipped(settings.institution)
     dataset.ContributingEquipmentSequence = [
@@ -168,7 +168,7 @@ def _processing(output: AnalysisOutput, settings: ReportSettings, run: RunIdenti
     item.PurposeOfReferenceCodeSequence = [code_item(codes.PROCESSING_EQUIPMENT)]
     item.Manufacturer = clipped(settings.manufacturer)
     item.ManufacturerModelName = clipped(output.model.name)
-    item.SoftwareVersions = [clipped(output.software_version), output.model.weights_sha256]
+    item.SoftwareVersions = [clipped(output.software_version), *filter(None, [output.model.weights_sha256])]
     item.DeviceSerialNumber = clipped(settings.device_serial_number)
     item.DeviceUID = device_uid(output)
     moment = run.content_time.astimezone(run.timezone)

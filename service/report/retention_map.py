@@ -211,7 +211,8 @@ def _text(text: str, columns: int, height: int) -> RGB:
         size -= 0.5
     strip = Image.new("L", (columns, height))
     ImageDraw.Draw(strip).text((2, height / 2), text, fill=255, font=ImageFont.load_default(size), anchor="lm")
-    return np.repeat(np.asarray(strip)[:, :, None], 3, axis=2)
+    plain = np.where(np.asarray(strip) > 110, np.uint8(255), np.uint8(0))  # without shades, which do not compress
+    return np.repeat(plain[:, :, None], 3, axis=2)
 
 
 def _encoded(picture: RGB) -> bytes:

@@ -37,7 +37,7 @@ from service.report.identity import RelatedObject, RunIdentity
 from service.report.readable import walk
 from service.report.source import SourceStudy
 from service.report.validation_mode import values_as_they_are
-from service.shared.messages import AnalysisOutput
+from service.shared.messages import AnalysisOutput, Flag
 from service.shared.settings import ReportSettings, SrSopClass
 
 SOP_CLASSES: dict[SrSopClass, str] = {
@@ -79,6 +79,8 @@ def _content(
 ) -> ContentItem:
     """The tree of TID 1500, every container SEPARATE."""
     kept = shown_images(output, source)
+    if Flag.NOT_ANALYSED in output.flags:  # the images that it speaks of, one of each series
+        kept = _first_of_each_series([(one, None) for one in analysed_instances(output, source)[0]])
     model_input = _model_input(output, kept, run, unlisted)
     model_input[0].ContentSequence.extend(related_items(related))
     report = MeasurementReport(
@@ -186,7 +188,7 @@ def _algorithm(output: AnalysisOutput) -> AlgorithmIdentification:
     """TID 4019 with all parameters in one text: readers keep the first Algorithm Parameters only."""
     return AlgorithmIdentification(
         name=clipped(output.model.name),
-        version=f"{output.software_version}, weights sha256:{output.model.weights_sha256}",
+        version=", weights sha256:".join(filter(None, (output.software_version, output.model.weights_sha256))),
         parameters=[words.parameters(output)],
         family=codes.ARTIFICIAL_INTELLIGENCE,
     )

@@ -71,7 +71,9 @@ def limitations(output: AnalysisOutput) -> list[str]:
 
 def comments(output: AnalysisOutput, revision_note: str, instances_not_listed: int) -> list[str]:
     """What was read and shown, what was not, and why; each is one text."""
-    said = [*sentences(output), _shown(output), f"Series read: {output.series_reason}", *_series_not_read(output)]
+    said = []
+    if Flag.NOT_ANALYSED not in output.flags:
+        said += [*sentences(output), _shown(output), f"Series read: {output.series_reason}", *_series_not_read(output)]
     said += [NOTICES[flag] for flag in NOTICES if flag in output.flags and flag not in _URGENT]
     said += output.notes
     if instances_not_listed:
@@ -83,6 +85,8 @@ def comments(output: AnalysisOutput, revision_note: str, instances_not_listed: i
 
 def parameters(output: AnalysisOutput) -> str:
     """Every setting as applied and every digest, as `name=value; name=value`."""
+    if Flag.NOT_ANALYSED in output.flags:
+        return "none: nothing was analysed"
     return "; ".join(f"{name}={_plain(value)}" for name, value in _parameters(output))
 
 

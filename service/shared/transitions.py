@@ -6,6 +6,7 @@ The states themselves: db.py. Nothing else in the product assigns a `state` colu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, cast
@@ -425,22 +426,27 @@ def finish_analysis(
     analysis: Analysis,
     results: list[tuple[Result, list[str]]],
     *,
+    header_faults: Sequence[str] = (),
     now: datetime,
     actor: str,
 ) -> bool:
     """read -> done with all result rows and deliveries; stays read, with an alert, when a result is quarantined.
 
-    results: each with the names of the destinations it goes to.
+    A refused analysis stays refused: a report that tells of it hangs on it as results hang on others.
+
+    results: each with the names of the destinations it goes to. header_faults: of the source, which were not copied.
     One transaction: either every result and delivery is there, or none. False when another process was first.
     """
     quarantined = any(result.state is ResultState.QUARANTINED for result, _ in results)
-    after = AnalysisState.READ if quarantined else AnalysisState.DONE
+    refused = analysis.state is AnalysisState.REFUSED
+    before = AnalysisState.REFUSED if refused else AnalysisState.READ
+    after = before if refused or quarantined else AnalysisState.DONE
     changed = _changed(
         session,
         update(Analysis)
         .where(
             Analysis.id == analysis.id,
-            Analysis.state == AnalysisState.READ,
+            Analysis.state == before,
             Analysis.fence == analysis.fence,
             ~select(Result.id).where(Result.analysis_id == analysis.id).exists(),
         )
@@ -449,8 +455,8 @@ def finish_analysis(
     if not changed:
         return False
     for result, destinations in results:
-        _add_result(session, analysis, result, [] if quarantined else destinations, now, actor)
-    if not quarantined:
+        _add_result(session, analysis, result, [] if quarantined else destinations, header_faults, now, actor)
+    if after is AnalysisState.DONE:
         audit.append(
             session,
             AuditKind.ANALYSIS_DONE,
@@ -465,7 +471,13 @@ def finish_analysis(
 
 
 def _add_result(
-    session: Session, analysis: Analysis, result: Result, destinations: list[str], now: datetime, actor: str
+    session: Session,
+    analysis: Analysis,
+    result: Result,
+    destinations: list[str],
+    header_faults: Sequence[str],
+    now: datetime,
+    actor: str,
 ) -> None:
     session.add(result)
     session.flush()
@@ -481,6 +493,7 @@ def _add_result(
         kind_of_result=result.kind,
         sop_instance_uid=result.sop_instance_uid,
         sha256=result.sha256,
+        **({"header_faults": list(header_faults)} if header_faults else {}),
     )
     session.add_all(_pending(result.id, name, now) for name in destinations)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
 from threading import Event, Thread
@@ -22,7 +23,7 @@ from service.report.gate import GateFinding, Severity
 from service.report.readable import walk
 from service.report.source import read_source
 from service.shared import transitions
-from service.shared.db import Analysis, AnalysisState, Delivery, Result, ResultState
+from service.shared.db import Analysis, AnalysisState, AuditEvent, Delivery, Instance, Result, ResultState
 from service.shared.durable import digest
 from service.shared.messages import store_output
 from service.shared.settings import Settings
@@ -69,6 +70,16 @@ class Desk:
                 output_sha256=sha256,
                 now=NOW,
                 actor=ACTOR,
+            )
+        return analysis_id
+
+    def refused(self, code: str = "no-suitable-series") -> int:
+        """An analysis of the study that its worker has refused."""
+        analysis_id = add_analysis(self.sessions, self.study_id)
+        held = claimed(self.sessions, analysis_id)
+        with self.sessions.begin() as session:
+            assert transitions.close_refused(
+                session, held, code=code, reason="no axial series of 8 slices or more", now=NOW, actor=ACTOR
             )
         return analysis_id
 
@@ -362,6 +373,43 @@ def test_next_report_names_the_one_before_it(desk: Desk) -> None:
     assert one.sop_instance_uid != other.sop_instance_uid
     prior = desk.dataset(other).PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
     assert prior.ReferencedSOPInstanceUID == one.sop_instance_uid
+    said = [str(item.TextValue) for item in walk(desk.dataset(other)) if item.ValueType == "TEXT"]
+    assert (
+        "This is revision 1, run 2; an earlier report was on revision 1, run 1. The same images were read again."
+        in said
+    )
+
+
+def test_report_on_a_later_revision_says_how_many_images_are_new(desk: Desk) -> None:
+    """Beside the name of the report before it."""
+    first = desk.read()
+    desk.build(first)
+    with desk.sessions.begin() as session:
+        late = session.scalars(select(Instance).order_by(Instance.id.desc())).first()
+        assert late is not None
+        late.revision = 2
+    second = desk.read(revision=2, predecessor_id=first)
+
+    desk.build(second)
+
+    (other,) = desk.made(second)
+    said = " ".join(str(item.TextValue) for item in walk(desk.dataset(other)) if item.ValueType == "TEXT")
+    assert "This is revision 2, run 1; an earlier report was on revision 1, run 1. 1 image has come or changed" in said
+
+
+def test_faults_of_the_source_header_are_in_the_audit(tmp_path: Path, sessions: sessionmaker[Session]) -> None:
+    """By keyword and what was done, without any value; the report is built all the same."""
+    desk = desk_of(tmp_path, sessions, {"PatientSex": "X", "StudyID": "much longer than SH"})
+    analysis_id = desk.read()
+
+    desk.build(analysis_id)
+
+    (one,) = desk.made(analysis_id)
+    assert one.state is ResultState.BUILT
+    with sessions() as session:
+        event = session.scalars(select(AuditEvent).filter_by(kind="result-built")).one()
+    assert {"PatientSex: emptied", "StudyID: emptied"} <= set(event.detail["header_faults"])
+    assert "longer" not in str(event.detail)
 
 
 def test_report_that_fails_the_gate_is_quarantined_and_never_sent(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,6 +438,59 @@ def test_output_with_changed_bytes_is_not_reported(desk: Desk) -> None:
 
     assert desk.made(analysis_id) == []
     assert not (desk.data / "outbox").exists()
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+REPORTED = [{"name": "default", "report_refusals": True, "companions": ["sc", "pdf"]}]
+
+
+@pytest.mark.parametrize("sop_class", ["comprehensive3d", "enhanced", "basic_text"])
+def test_refused_study_yields_a_report_that_says_so_where_the_route_asks_for_it(
+    tmp_path: Path, sessions: sessionmaker[Session], sop_class: str
+) -> None:
+    """The reason in words and a code, PARTIAL, every image as evidence; the analysis stays refused."""
+    desk = desk_of(tmp_path, sessions, destination=[destination("a", sop_class)], route=REPORTED)
+    analysis_id = desk.refused()
+    assert results.refused(desk.settings, sessions, NOW) == [analysis_id]
+
+    desk.build(analysis_id)
+
+    (one,) = desk.made(analysis_id)
+    assert (one.kind, one.state, desk.sent_to(one)) == (f"sr-{sop_class}", ResultState.BUILT, ["a"])
+    report = desk.dataset(one)
+    said = " ".join(str(item.TextValue) for item in walk(report) if item.ValueType == "TEXT")
+    assert "UNVERIFIED machine output, not for diagnosis. NOT ANALYSED: no model was run on this study." in said
+    assert "This study could not be analysed: no axial series of 8 slices or more" in said
+    assert "The model was shown" not in said
+    assert report.CompletionFlag == "PARTIAL"
+    (evidence,) = report.CurrentRequestedProcedureEvidenceSequence
+    assert len(evidence.ReferencedSeriesSequence[0].ReferencedSOPSequence) == SLICES
+    assert get(sessions, Analysis, analysis_id).state is AnalysisState.REFUSED
+    assert results.refused(desk.settings, sessions, NOW) == []
+    desk.build(analysis_id)
+    assert len(desk.made(analysis_id)) == 1
+
+
+@pytest.mark.parametrize("code", ["patient-mismatch", "input-removed"])
+def test_refusal_for_want_of_one_patient_or_of_images_is_never_reported(
+    tmp_path: Path, sessions: sessionmaker[Session], code: str
+) -> None:
+    """A report would name a patient that may be another one."""
+    desk = desk_of(tmp_path, sessions, destination=[destination("a")], route=REPORTED)
+    desk.refused(code)
+
+    assert results.refused(desk.settings, sessions, NOW) == []
+
+
+def test_refusal_is_not_reported_by_default_nor_long_after(desk: Desk, tmp_path: Path) -> None:
+    """Who turns it on gets no reports on years of refused studies."""
+    desk.refused()
+    asked = Settings.model_validate(desk.settings.model_dump() | {"route": REPORTED})
+
+    assert results.refused(desk.settings, desk.sessions, NOW) == []
+    assert len(results.refused(asked, desk.sessions, NOW)) == 1
+    assert results.refused(asked, desk.sessions, NOW + timedelta(days=1, seconds=1)) == []
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
