@@ -482,6 +482,7 @@ def _add_result(
     session.add(result)
     session.flush()
     built = result.state is ResultState.BUILT
+    faults: dict[str, Any] = {"header_faults": list(header_faults)} if header_faults else {}
     audit.append(
         session,
         AuditKind.RESULT_BUILT if built else AuditKind.RESULT_QUARANTINED,
@@ -493,7 +494,7 @@ def _add_result(
         kind_of_result=result.kind,
         sop_instance_uid=result.sop_instance_uid,
         sha256=result.sha256,
-        **({"header_faults": list(header_faults)} if header_faults else {}),
+        **faults,
     )
     session.add_all(_pending(result.id, name, now) for name in destinations)
 
