@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -375,6 +376,7 @@ def compared(host: Host, name: str, slices: int, options: argparse.Namespace) ->
         try:
             with torch.inference_mode():
                 rows.append(run())
+            print(f"{way}: first token after {rows[-1].first_s:.1f} s", file=sys.stderr, flush=True)  # noqa: T201
         except torch.OutOfMemoryError:
             yield f"{way}: out of memory"
         gc.collect()
