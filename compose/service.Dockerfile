@@ -6,6 +6,11 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONSAFEPATH=1 PIP_NO_CACHE_D
     MEDPRUNER_CONFIG=/etc/medpruner/config.toml HOME=/tmp
 WORKDIR /app
 
+# For printed reports (companion "pdf"): scripts beyond Latin-1.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends fonts-dejavu-core fonts-droid-fallback fonts-noto-core \
+    && rm -rf /var/lib/apt/lists/*
+
 # An editable install: the migrations are found beside the packages.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY service ./service

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 
 from service.refusals import Refused
-from service.shared.settings import Settings
+from service.shared.settings import Companion, Settings
 from service.situation import Situation
 
 # As in workers/vlm/folder.py, which this program never imports; a test holds them equal.
@@ -298,6 +298,18 @@ def seen_workers(workers: Sequence[Seen] | None) -> Iterator[Finding]:
             yield Finding(f"worker {one.name}", State.WARNING, f"on {one.device}, has loaded no model", remedy)
         else:
             yield Finding(f"worker {one.name}", State.OK, f"{one.model} on {one.device}")
+
+
+def fonts(settings: Settings, missing: Sequence[str]) -> Iterator[Finding]:
+    """missing: Debian's packages of fonts that are not there. Nothing where no route prints a report."""
+    printing = [route.name for route in settings.route if Companion.PDF in route.companions]
+    if not printing:
+        return
+    if missing:
+        result = f"route {', '.join(printing)} prints reports, and some scripts will stand in them as code points"
+        yield Finding("fonts", State.WARNING, result, f"apt-get install {' '.join(missing)}")
+    else:
+        yield Finding("fonts", State.OK, "for printed reports are there")
 
 
 def clock(found: Clock) -> Finding:

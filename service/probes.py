@@ -34,6 +34,7 @@ from sqlalchemy.orm import Session
 
 from service import doctor, refusals, requestor, situation
 from service.doctor import Broker, Clock, Database, Disk, Finding, Model, Port, Seen
+from service.report import typeface
 from service.shared import heartbeat, schema
 from service.shared.db import open_engine, open_sessions
 from service.shared.queue import broker_url
@@ -74,6 +75,7 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from doctor.database(found, standing)
     yield from doctor.seen_workers(workers)
     yield from doctor.model(model(settings), workers or ())
+    yield from doctor.fonts(settings, typeface.missing_packages())
     yield doctor.clock(clock())
     yield from doctor.refused(refusals.recent(spool_folder(settings), doctor.last_day(now)))
 

@@ -17,16 +17,21 @@ import arabic_reshaper
 from reportlab.pdfbase import pdfmetrics
 from reportlab.pdfbase.ttfonts import TTFError, TTFont
 
-# In order of preference: Latin, Greek, Cyrillic, Hebrew, Arabic; Han, Kana, Hangul; Thai. Debian's packages
-# fonts-dejavu-core (Bitstream Vera licence), fonts-droid-fallback (Apache-2.0), fonts-noto-core (OFL)
+# In order of preference: Latin, Greek, Cyrillic, Hebrew, Arabic; Han, Kana, Hangul; Thai
 _FILES = {
     "Sans": "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf",
     "SansBold": "/usr/share/fonts/truetype/dejavu/DejaVuSans-Bold.ttf",
     "Asian": "/usr/share/fonts-droid-fallback/truetype/DroidSansFallback.ttf",
     "Thai": "/usr/share/fonts/truetype/noto/NotoSansThai-Regular.ttf",
 }
+# Debian's; Bitstream Vera licence, Apache-2.0, OFL
+_PACKAGES = {
+    "Sans": "fonts-dejavu-core",
+    "SansBold": "fonts-dejavu-core",
+    "Asian": "fonts-droid-fallback",
+    "Thai": "fonts-noto-core",
+}
 _WITH_THE_LIBRARY = {"Sans": "Vera.ttf", "SansBold": "VeraBd.ttf"}  # Latin-1 alone
-PACKAGES = "fonts-dejavu-core fonts-droid-fallback fonts-noto-core"
 _RIGHT_TO_LEFT = ("R", "AL")
 
 
@@ -49,9 +54,9 @@ def fonts() -> dict[str, frozenset[int]]:
     return found
 
 
-def missing_packages() -> bool:
-    """Whether some script will be written as code points, for want of Debian's font packages."""
-    return any(not Path(path).is_file() for path in _FILES.values())
+def missing_packages() -> list[str]:
+    """Debian's packages for want of which some script will be written as code points."""
+    return list(dict.fromkeys(_PACKAGES[name] for name, path in _FILES.items() if not Path(path).is_file()))
 
 
 @lru_cache(maxsize=4096)

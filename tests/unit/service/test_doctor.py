@@ -22,6 +22,7 @@ MODEL = Model(
     "m", architecture="Gemma3ForConditionalGeneration", weights_bytes=10**6, weights_sha256="ab", memory_bytes=10**10
 )
 WORKER = Seen("host/1", silent=False, device="cuda:0", memory_bytes=10**10, model="demo", weights_sha256="ab")
+PRINTING = Settings.model_validate({"route": [{"name": "chest", "companions": ["pdf"]}]})
 
 
 def states(findings: Iterable[Finding]) -> dict[str, str]:
@@ -55,6 +56,7 @@ def test_every_finding_that_is_not_well_says_what_would_help() -> None:
         *doctor.seen_workers([replace(WORKER, silent=True), replace(WORKER, model=None)]),
         *doctor.model(Model("m", fault="no config.json in m"), []),
         *doctor.model(replace(MODEL, weights_bytes=10**12, weights_sha256="cd"), [WORKER]),
+        *doctor.fonts(PRINTING, ["fonts-noto-core"]),
         doctor.clock(Clock(False, "the kernel's word")),
         doctor.clock(Clock(None)),
         *doctor.refused([Refused(NOW, "CT1", "US", "10.0.0.9", "calling AE title is not a source", "[[source]] ...")]),
@@ -84,6 +86,7 @@ def test_what_is_well_is_told_as_well() -> None:
         *doctor.database(Database(reached=True, said="sqlite", at_head=True), standing()),
         *doctor.seen_workers([WORKER]),
         *doctor.model(MODEL, [WORKER]),
+        *doctor.fonts(PRINTING, []),
         doctor.clock(Clock(True, "systemd-timesyncd")),
         *doctor.refused([]),
     ]
@@ -99,6 +102,16 @@ def test_only_a_fault_is_broken() -> None:
 
     assert doctor.is_well(findings)
     assert not doctor.is_well([*findings, Finding("b", State.FAULT, "")])
+
+
+def test_fonts_matter_only_where_a_route_prints() -> None:
+    """The remedy names the packages that are missing, and no other."""
+    (warned,) = doctor.fonts(PRINTING, ["fonts-noto-core"])
+
+    assert warned.state is State.WARNING
+    assert "chest" in warned.result
+    assert warned.remedy == "apt-get install fonts-noto-core"
+    assert list(doctor.fonts(Settings(), ["fonts-noto-core"])) == []
 
 
 def test_redis_that_evicts_is_a_fault_only_where_it_has_a_limit() -> None:
