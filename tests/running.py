@@ -73,7 +73,7 @@ path = "{model}"
 max_new_tokens = {max_new_tokens}
 threads = 1
 [web]
-enabled = false
+{web}
 [log]
 level = "{level}"
 """
@@ -166,6 +166,7 @@ class Service:
         lease_s: float = 5,
         level: str = "INFO",
         port: int = 0,
+        web_port: int = 0,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -184,6 +185,7 @@ class Service:
             min_free_gb=min_free_gb,
             lease_s=lease_s,
             level=level,
+            web=f"port = {web_port}" if web_port else "enabled = false",
         )
         self.config.write_text(content + "".join(one.as_configuration() for one in pacs) + more)
         self._mark = uuid.uuid4().hex

@@ -11,10 +11,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email import message_from_bytes, policy
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
+from aiosmtpd.controller import Controller
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
@@ -33,6 +38,16 @@ LATIN_MARK = "zqx"  # in every planted value, in any case
 JAPANESE_MARKS = ("植木", "患者", "うえき", "かんじゃ")
 ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be", "euc-jp", "shift_jis", "iso2022_jp")
 ERASABLE = (StudyHeader.__tablename__, Acquisition.__tablename__, ReportText.__tablename__)
+
+ALERTS = """
+[alerts]
+interval_s = 0.5
+webhook_url = "http://127.0.0.1:{webhook}/hook"
+mail_to = ["pacs@hospital.example"]
+smtp_host = "127.0.0.1"
+smtp_port = {mail}
+"""
+TOLD = ("failed", "patient-mismatch", "rejected")  # alerts that his studies give cause for
 
 ROUTES = """
 [[route]]
@@ -81,6 +96,8 @@ def write(phantom: PhantomSeries, folder: Path, *, swap: tuple[bytes, bytes] = (
         dataset.PatientComments = "zqxcomment 患者"
         dataset.OtherPatientIDs = "ZQXOTHER"
         dataset.PatientAddress = "zqxaddress"
+        dataset.ProtocolName = "Zqxprotocol 植木"  # typed by people, as these two are
+        dataset.StationName = "ZQXSTATION"
         dataset.save_as(path)
         if swap[0]:
             assert swap[0] in path.read_bytes()
@@ -107,6 +124,49 @@ def quoting_pacs() -> Iterator[int]:
         yield int(server.server_address[1])
     finally:
         server.shutdown()
+
+
+class Inbox:
+    """A mail server's handler that keeps subjects and texts."""
+
+    def __init__(self) -> None:
+        self.mails: list[str] = []
+
+    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:  # aiosmtpd's name
+        mail = message_from_bytes(envelope.content, policy=policy.default)
+        self.mails.append("\n".join([*map(str, mail.values()), str(mail.get_content())]))
+        return "250 taken"
+
+
+@contextmanager
+def people_to_tell() -> Iterator[tuple[str, list[str], list[str]]]:
+    """A webhook and a mail server: the configuration that names them, what was posted, what was mailed."""
+    posted: list[str] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:  # the standard library's name
+            posted.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    inbox = Inbox()
+    mail = Controller(inbox, hostname="127.0.0.1", port=free_port())
+    hook = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
+    thread = Thread(target=hook.serve_forever)
+    thread.start()
+    try:
+        mail.start()
+        try:
+            yield ALERTS.format(webhook=hook.server_port, mail=mail.port), posted, inbox.mails
+        finally:
+            mail.stop()
+    finally:
+        hook.shutdown()
+        thread.join()
+        hook.server_close()
 
 
 @contextmanager
@@ -137,6 +197,9 @@ class Aftermath:
     heartbeats: list[bytes]
     states: dict[str, str]  # what was planted -> the state it ended in
     reasons: list[str]
+    posted: list[str]  # alerts by webhook
+    mailed: list[str]  # alerts by mail
+    metrics: str
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +226,12 @@ def aftermath(tmp_path_factory: pytest.TempPathFactory, random_model: Path, stor
         dataset.PixelData = b"zqxpixels "  # shorter than Rows and Columns say
         dataset.save_as(path)
 
-    with quoting_pacs() as quoting_port:
+    with quoting_pacs() as quoting_port, people_to_tell() as (channels, posted, mailed):
+        web_port = free_port()
         pacs = [Pacs(storescp.port), Pacs(quoting_port, "quotes", "QUOTES"), Pacs(free_port(), "away", "AWAY")]
-        with Service(folder / "service", random_model, pacs=pacs, more=ROUTES, level="DEBUG") as service:
+        with Service(
+            folder / "service", random_model, pacs=pacs, more=ROUTES + channels, level="DEBUG", web_port=web_port
+        ) as service:
             heartbeats = send_and_look_at_heartbeats(service, sorted((folder / "read").iterdir()))
             send(service, *(folder / name for name in series if name != "read"))
             states, reasons = {}, []
@@ -174,7 +240,17 @@ def aftermath(tmp_path_factory: pytest.TempPathFactory, random_model: Path, stor
                 (analysis,) = story["analyses"]
                 states[name] = analysis["state"]
                 reasons += [str(analysis["reason"]), *(str(one["reason"]) for one in deliveries(story))]
-            yield Aftermath(service, heartbeats, states, reasons)
+            for told in (posted, mailed):
+                wait_for(lambda told=told: all(kind in "".join(told) for kind in TOLD), "alerts by both channels", 60)
+            metrics = wait_for(lambda: metrics_once_counted(web_port), "metrics that count everything", 60)
+            yield Aftermath(service, heartbeats, states, reasons, posted, mailed, metrics)
+
+
+def metrics_once_counted(port: int) -> str:
+    """What Prometheus would get; empty while the totals are behind the audit."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        content: str = answer.read().decode()
+    return content if re.search(r"^medpruner_tally_lag_events 0(\.0)?$", content, re.MULTILINE) else ""
 
 
 def send_and_look_at_heartbeats(service: Service, paths: list[Path]) -> list[bytes]:
@@ -248,6 +324,13 @@ def test_he_is_not_in_redis(aftermath: Aftermath) -> None:
     assert all(re.fullmatch(r"\[\[\d+\], \{\}, \{.*\}\]", message.decode()) for message in messages)  # one id
 
 
+def test_he_is_in_no_alert_and_no_metric(aftermath: Aftermath) -> None:
+    """Nobody who is told by webhook or mail, and no scrape, learns his name or what the scanner's user typed."""
+    assert "medpruner_analyses_total" in aftermath.metrics
+    assert marks_in(aftermath.metrics) == []
+    assert [one for one in (*aftermath.posted, *aftermath.mailed) if marks_in(one)] == []
+
+
 def test_he_is_in_no_receipt_and_no_heartbeat(aftermath: Aftermath) -> None:
     """What the receiver adds to the instances says where they came from, not whose they are."""
     spool = aftermath.service.settings.data.path / "spool"
@@ -275,5 +358,5 @@ def test_he_is_in_no_table_but_the_erasable_ones(aftermath: Aftermath) -> None:
                     holding.add(table.name)
 
     assert "audit_event" in there.tables
-    assert StudyHeader.__tablename__ in holding
+    assert {StudyHeader.__tablename__, Acquisition.__tablename__} <= holding
     assert holding - set(ERASABLE) == set()
