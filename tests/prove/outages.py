@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -192,13 +193,25 @@ def small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run([find_program("umount"), "--lazy", str(folder)], check=True)
 
 
+def free_bytes(disk: Path) -> int:
+    state = os.statvfs(disk)
+    return state.f_bavail * state.f_frsize
+
+
 @contextmanager
 def filled(disk: Path, leave_bytes: int) -> Iterator[None]:
     """Somebody else's file takes all room but `leave_bytes`."""
     balloon = disk / "balloon"
-    state = os.statvfs(disk)
     with balloon.open("wb") as stream:
-        os.posix_fallocate(stream.fileno(), 0, max(1, state.f_bavail * state.f_frsize - leave_bytes))
+        while (room := free_bytes(disk) - leave_bytes) > 0:
+            try:
+                os.posix_fallocate(stream.fileno(), 0, room)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                # senders took some of it meanwhile: look again
+            else:
+                break
     try:
         yield
     finally:
