@@ -196,19 +196,6 @@ def test_each_role_sees_its_own(browser: Browser, served: Served) -> None:
     expect(auditor.get_by_role("heading", name="Events")).to_be_visible()
 
 
-def test_sign_in_is_throttled_in_words(browser: Browser, served: Served) -> None:
-    """After five wrong passwords the page asks for patience, also with the right one."""
-    page = browser.new_context(base_url=served.site).new_page()
-    page.goto("/login")
-    for password in ["wrong password"] * 5 + [PASSWORD]:
-        page.get_by_label("Name").fill("throttled")
-        page.get_by_label("Password").fill(password)
-        page.get_by_role("button", name="Sign in").click()
-
-    expect(page.get_by_role("alert")).to_contain_text("Too many failed attempts")
-    assert serious_faults(page) == []
-
-
 @pytest.mark.parametrize(
     ("viewport", "scheme", "name"),
     [(size, scheme, name) for size, name in ((DESKTOP, "desktop"), (PHONE, "phone")) for scheme in ("light", "dark")],
@@ -253,3 +240,19 @@ def _deliver_again(served: Served) -> None:
     with served.sessions.begin() as session:
         delivery = session.get_one(Delivery, 1)
         assert transitions.close_delivered(session, delivery, status=0, note=None, now=NOW, actor=ACTOR)
+
+
+def test_sign_in_is_throttled_in_words(browser: Browser, served: Served) -> None:
+    """After five wrong passwords the page asks for patience, also with the right one.
+
+    The last test of this file: the address has to wait as well, so nobody else could sign in right after it.
+    """
+    page = browser.new_context(base_url=served.site).new_page()
+    page.goto("/login")
+    for password in ["wrong password"] * 5 + [PASSWORD]:
+        page.get_by_label("Name").fill("throttled")
+        page.get_by_label("Password").fill(password)
+        page.get_by_role("button", name="Sign in").click()
+
+    expect(page.get_by_role("alert")).to_contain_text("Too many failed attempts")
+    assert serious_faults(page) == []

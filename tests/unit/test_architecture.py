@@ -16,7 +16,7 @@ from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 ROOT = Path(__file__).parents[2]
 
 # Who may read the configuration: the two programs, and the demo, which writes one for the service that it starts.
-ENTRY_POINTS = {"service/__main__.py", "service/demo.py", "workers/__main__.py"}
+ENTRY_POINTS = {"service/__main__.py", "service/demo.py", "service/receive.py", "workers/__main__.py"}
 
 
 @cache
