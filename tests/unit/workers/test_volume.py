@@ -98,6 +98,31 @@ def test_one_phase_of_an_enhanced_object_is_read(tmp_path: Path) -> None:
     )
 
 
+def test_enhanced_mr_is_read_frame_by_frame(tmp_path: Path) -> None:
+    """Ten frames of one instance, in the order of their positions."""
+    path = write_enhanced(PhantomSeries(modality="MR", slices=10), tmp_path / "enhanced.dcm")
+
+    volume = loaded([path])
+
+    assert volume.voxels.shape[0] == 10
+    assert [source.frame_number for source in volume.sources] == list(range(10, 0, -1))
+
+
+def test_private_junk_changes_no_voxel(tmp_path: Path) -> None:
+    """Blocks without creator, rubbish under VR UN, and a private sequence without items."""
+
+    def add_junk(index: int, dataset: FileDataset) -> None:
+        dataset.add_new(0x00091001, "UN", bytes(range(256)) * 16)
+        dataset.add_new(0x00190010, "LO", "")
+        dataset.add_new(0x00191002, "OB", b"\xff\xfe\x00\xe0" * (index + 1))
+        dataset.add_new(0x00211003, "SQ", [])
+
+    volume = changed(tmp_path, add_junk)
+
+    assert np.array_equal(volume.voxels, PhantomSeries().voxels()[::-1].astype(np.float32))
+    assert volume.flags == ()
+
+
 def test_mr_keeps_its_values(tmp_path: Path) -> None:
     """Stored values of MR without a rescale are the values."""
     series = PhantomSeries(modality="MR")

@@ -99,6 +99,21 @@ def test_an_attribute_under_a_wrong_vr_is_not_believed(tmp_path: Path) -> None:
     }
 
 
+def test_private_junk_is_neither_copied_nor_repaired(tmp_path: Path) -> None:
+    """Blocks without creator, rubbish under VR UN, and a private sequence without items."""
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    header = ct_header()
+    header.add_new(0x00091001, "UN", bytes(range(256)) * 16)
+    header.add_new(0x00191002, "OB", b"\xff\xfe\x00\xe0")
+    header.add_new(0x00211003, "SQ", [])
+
+    source = read_source(write(tmp_path, [header]))
+
+    assert source.repairs == ()
+    assert source.attributes == read_source(write(clean, [ct_header()])).attributes
+
+
 def test_a_string_under_vr_un_is_read_by_its_dictionary_vr(tmp_path: Path) -> None:
     """UN is what a node without the dictionary writes; the text is still there."""
     source = read_source(write(tmp_path, [_with_raw(ct_header(), "PatientID", "UN", b"P-77")]))
