@@ -103,7 +103,7 @@ def remove_for_ever(settings: Settings, sessions: sessionmaker[Session], spool: 
         wait_s = SWEEP_S
         try:
             now = datetime.now(UTC)
-            remove_instances(sessions, spool, keep_days=settings.spool.keep_days, now=now)
+            remove_instances(sessions, spool, settings.data.path, keep_days=settings.spool.keep_days, now=now)
             remove_results(sessions, settings.data.path, keep_days=settings.data.keep_days, now=now)
             bound_cache(
                 settings.data.path,
@@ -117,8 +117,10 @@ def remove_for_ever(settings: Settings, sessions: sessionmaker[Session], spool: 
             log.error("retention_fault", error=explain_exception(error))
 
 
-def remove_instances(sessions: sessionmaker[Session], spool: Spool, *, keep_days: float, now: datetime) -> int:
-    """Remove the settled instances of every study that may go; how many instances."""
+def remove_instances(
+    sessions: sessionmaker[Session], spool: Spool, data: Path, *, keep_days: float, now: datetime
+) -> int:
+    """Remove the settled instances of every study that may go, and the features kept of it; how many instances."""
     removed = 0
     limit = now.timestamp() - keep_days * 86_400
     for paths in spool.settled_studies():
@@ -147,6 +149,7 @@ def remove_instances(sessions: sessionmaker[Session], spool: Spool, *, keep_days
         # only what was seen before the decision: an instance that came meanwhile opens the study again
         for path in paths:
             remove_instance(path)
+        remove_cache(data, study.id)
         removed += len(paths)
         log.info("spool_removed", study_id=study.id, instances=len(paths))
     return removed

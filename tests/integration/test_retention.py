@@ -25,6 +25,7 @@ from service.shared.db import (
     StudyHeader,
     StudyState,
 )
+from service.shared.study_cache import cache_folder
 from service.spool import Arrival, OpenAssociation, Spool, key
 from tests.rows import (
     ACTOR,
@@ -101,6 +102,14 @@ def file_results(sessions: sessionmaker[Session], data: Path) -> list[Path]:
     return made
 
 
+def file_features(data: Path, study_id: int) -> Path:
+    """What a worker keeps of a study for its next route."""
+    path = cache_folder(data, study_id) / "features.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_text(SECRET)
+    return path
+
+
 def deliver(sessions: sessionmaker[Session], delivery_id: int) -> None:
     with sessions.begin() as session:
         delivery = session.get_one(Delivery, delivery_id)
@@ -120,7 +129,7 @@ def header(study_id: int) -> StudyHeader:
 
 
 def remove(sessions: sessionmaker[Session], spool: Spool, now: datetime = LATER) -> int:
-    return retention.remove_instances(sessions, spool, keep_days=3, now=now)
+    return retention.remove_instances(sessions, spool, spool.path.parent, keep_days=3, now=now)
 
 
 # --- by age ---------------------------------------------------------------------------------------------------------
@@ -171,6 +180,24 @@ def test_delivered_study_leaves_the_spool_when_it_is_old_enough(sessions: sessio
     assert not path.with_suffix(".json").exists()
     assert kinds(sessions, study_id=study_id)[-1] == "spool-removed"
     assert remove(sessions, spool) == 0
+
+
+def test_kept_features_leave_with_the_instances(sessions: sessionmaker[Session], spool: Spool, tmp_path: Path) -> None:
+    """They show the same anatomy; those of a study that stays are left alone."""
+    gone, stays = add_study(sessions), add_study(sessions, "2.25.2")
+    file_instance(sessions, spool, gone)
+    file_instance(sessions, spool, stays, "2.25.3000.2", study_uid="2.25.2")
+    (delivery_id,) = add_deliveries(sessions, gone, "pacs")
+    add_deliveries(sessions, stays, "pacs")
+    features, others = file_features(tmp_path, gone), file_features(tmp_path, stays)
+    assert remove(sessions, spool) == 0
+    assert features.exists()
+    deliver(sessions, delivery_id)
+
+    assert remove(sessions, spool) == 1
+
+    assert not features.parent.exists()
+    assert others.exists()
 
 
 def test_study_that_is_arriving_again_stays(sessions: sessionmaker[Session], spool: Spool) -> None:
@@ -224,14 +251,14 @@ def test_forgotten_study_leaves_nothing_of_its_patient(
         result = session.scalars(select(Result)).one()
     elsewhere = add_study(sessions, "2.25.77", revision=0)
     returned = file_instance(sessions, spool, elsewhere, result.sop_instance_uid, study_uid="2.25.77")
-    files = file_results(sessions, tmp_path)
+    files = [*file_results(sessions, tmp_path), file_features(tmp_path, study_id)]
     with sessions.begin() as session:
         chain.append_batch(session)
 
     gone = retention.forget(sessions, spool, tmp_path, study_id, now=LATER, actor="cli/me")
 
     assert (gone.instances, gone.results, gone.outputs, gone.reports, gone.header) == (2, 1, 1, 1, True)
-    assert not any(path.exists() for path in (*files, returned))
+    assert not any(path.exists() for path in (*files, returned, cache_folder(tmp_path, study_id)))
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
     with sessions.begin() as session:
