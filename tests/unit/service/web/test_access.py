@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.shared.db import Role
-from tests.rows import event, kinds, open_database
+from tests.rows import event, kinds, open_database, result
 from tests.web_visits import Clock, add_named_study, add_user, sign_in, visit
 
 PATIENT = ("DOE", "Jane", "PID1", "ACC1", "1970", "CHEST")
@@ -79,6 +79,20 @@ def test_viewer_reads_and_does_not_command(sessions: sessionmaker[Session], tmp_
     assert "data-send" not in page
     assert client.post("/api/v1/deliveries/1/resend").status_code == 403
     assert client.get("/api/v1/events").status_code == 403
+
+
+def test_each_kind_of_result_has_a_name_of_its_own(sessions: sessionmaker[Session], tmp_path: Path) -> None:
+    with sessions.begin() as session:
+        session.add_all(
+            result(1, 10 + place, kind=kind) for place, kind in enumerate(("sc", "seg", "pm", "kos", "pdf"))
+        )
+    add_user(sessions, "vera", Role.VIEWER)
+    client = visit(sessions, tmp_path)
+    sign_in(client, "vera")
+    page = client.get("/studies/1").text
+
+    names = ("Secondary Capture", "Segmentation", "Parametric Map", "Key objects", "Report (PDF)")
+    assert [name for name in names if name not in page] == []
 
 
 def test_auditor_reads_events_and_no_patient(sessions: sessionmaker[Session], tmp_path: Path) -> None:
