@@ -56,7 +56,7 @@ from service.atna import Node
 from service.broker import NoRedisServer
 from service.demo import run_demo
 from service.report import validation
-from service.shared import VERSION, audit, schema, transitions
+from service.shared import VERSION, audit, delivery_transitions, schema
 from service.shared.audit import AuditKind
 from service.shared.db import Study, open_engine, open_sessions
 from service.shared.log import set_up_logging
@@ -464,7 +464,7 @@ def _set_standing(destination: str, config: Path | None, *, paused: bool) -> Non
     known = [one.name for one in settings.destination]
     if destination not in known:
         raise _fail(f"no [[destination]] is called {destination!r}; known: {', '.join(known) or 'none'}")
-    change = transitions.pause_destination if paused else transitions.resume_destination
+    change = delivery_transitions.pause_destination if paused else delivery_transitions.resume_destination
     with _reading(settings).begin() as session:
         changed = change(session, destination, now=datetime.now(UTC), actor=_user())
     word = "paused" if paused else "not paused"

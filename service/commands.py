@@ -8,7 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.dispatch import new_analysis
-from service.shared import audit, transitions
+from service.shared import audit, delivery_transitions, transitions
 from service.shared.audit import AuditKind
 from service.shared.db import (
     Analysis,
@@ -48,7 +48,7 @@ def requeue(session: Session, study: Study, settings: Settings, *, again: bool, 
         .where(Analysis.study_id == study.id, Delivery.state == DeliveryState.REJECTED)
     ).all()
     for delivery_id in rejected:
-        if transitions.requeue_delivery(session, delivery_id, now=now, actor=actor):
+        if delivery_transitions.requeue_delivery(session, delivery_id, now=now, actor=actor):
             done.append(f"delivery {delivery_id} pending again")
     if again and study.state is StudyState.COMPLETE and not study.patient_mismatch:
         present = [one for one in analyses if one.revision == study.revision]
@@ -86,7 +86,7 @@ def resend(
             continue
         went = set(session.scalars(select(Delivery.destination).where(Delivery.result_id == result.id)))
         for name in sorted({to} if to is not None else went & known):
-            if transitions.resend_result(session, result.id, name, now=now, actor=actor) is not None:
+            if delivery_transitions.resend_result(session, result.id, name, now=now, actor=actor) is not None:
                 done.append(f"{result.kind} is on its way to {name}")
     if gone == len(results):
         raise CannotResend("the stored results have been removed ([data] keep_days); `requeue --again` makes new ones")

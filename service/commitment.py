@@ -28,7 +28,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from service import commitment_answers
 from service.commitment_answers import FAILURES, PUSH_MODEL, PUSH_MODEL_INSTANCE, UNUSABLE, Answer, BadAnswer
 from service.requestor import Absence, associate, where
-from service.shared import transitions
+from service.shared import delivery_transitions
 from service.shared.db import Analysis, Delivery, DeliveryState, Result, Study
 from service.shared.settings import DestinationSettings, ScpSettings
 
@@ -126,7 +126,7 @@ def prove(
     elif not destination.storage_commitment:  # wanted by a configuration that is gone
         with sessions.begin() as session:
             for one in unproved:
-                transitions.want_no_proof(session, one.delivery)
+                delivery_transitions.want_no_proof(session, one.delivery)
 
 
 def _ask_commitment(
@@ -170,7 +170,7 @@ def _ask_commitment(
             asked = [
                 one
                 for one in unproved
-                if transitions.ask_commitment(
+                if delivery_transitions.ask_commitment(
                     session,
                     one.delivery,
                     transaction_uid=transaction_uid,
@@ -191,7 +191,7 @@ def _ask_commitment(
             with sessions.begin() as session:
                 for one in asked:
                     reason = f"{where(destination)} {said} to the request for storage commitment"
-                    transitions.note_unproved(session, one.delivery.id, transaction_uid, reason=reason)
+                    delivery_transitions.note_unproved(session, one.delivery.id, transaction_uid, reason=reason)
         return None
     finally:
         if association.is_established:
@@ -258,7 +258,7 @@ def record(
             reason = failure(answer.failed[uid])
             _lost(session, delivery, destinations.get(delivery.destination), reason, now, jitter)
         elif uid in answer.committed:
-            transitions.commit_delivery(session, delivery.id, note=None, now=now, actor=ACTOR)
+            delivery_transitions.commit_delivery(session, delivery.id, note=None, now=now, actor=ACTOR)
             log.info("committed", delivery_id=delivery.id, destination=delivery.destination)
     return len(rows)
 
@@ -275,7 +275,9 @@ def _lost(
     at = now if destination is None else send_again_at(destination, delivery.attempts, now, jitter)
     if at is None:
         reason = f"gave up after {delivery.attempts} attempts: {reason}"
-    transitions.uncommit_delivery(session, delivery.id, reason=reason, next_attempt_at=at, now=now, actor=ACTOR)
+    delivery_transitions.uncommit_delivery(
+        session, delivery.id, reason=reason, next_attempt_at=at, now=now, actor=ACTOR
+    )
     log.error("not_committed", delivery_id=delivery.id, destination=delivery.destination, reason=reason)
 
 
@@ -309,14 +311,14 @@ def _find(
             with sessions.begin() as session:
                 if found:
                     note = "found by C-FIND"
-                    transitions.commit_delivery(session, one.delivery.id, note=note, now=now, actor=ACTOR)
+                    delivery_transitions.commit_delivery(session, one.delivery.id, note=note, now=now, actor=ACTOR)
                     log.info("committed", delivery_id=one.delivery.id, destination=destination.name, by="C-FIND")
                 elif found is False and one.delivery.proof_attempts + 1 >= NOT_FOUND_LIMIT:
                     reason = f"not found at the destination by {one.delivery.proof_attempts + 1} C-FINDs"
                     _lost(session, one.delivery, destination, reason, now, random.random())
                 else:
                     at = ask_again_at(destination, one.delivery.proof_attempts, now)
-                    transitions.postpone_proof(session, one.delivery, reason=said, ask_again_at=at)
+                    delivery_transitions.postpone_proof(session, one.delivery, reason=said, ask_again_at=at)
     finally:
         if association.is_established:
             association.release()
@@ -355,4 +357,4 @@ def _postpone(
     with sessions.begin() as session:
         for one in unproved:
             at = ask_again_at(destination, one.delivery.proof_attempts, now)
-            transitions.postpone_proof(session, one.delivery, reason=reason, ask_again_at=at)
+            delivery_transitions.postpone_proof(session, one.delivery, reason=reason, ask_again_at=at)

@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service import commitment
 from service.requestor import Absence, associate
-from service.shared import transitions
+from service.shared import delivery_transitions
 from service.shared.db import Delivery, DeliveryState, Destination, Result, ResultState
 from service.shared.durable import digest
 from service.shared.log import explain_exception
@@ -222,7 +222,9 @@ def record(
     """Turn one answer into the delivery's next state."""
     spent = delivery.attempts + 1 >= destination.retry_max_attempts
     if answer.sent is not None and answer.sent.id != delivery.result_id:
-        if not transitions.fall_back_delivery(session, delivery, result_id=answer.sent.id, now=now, actor=ACTOR):
+        if not delivery_transitions.fall_back_delivery(
+            session, delivery, result_id=answer.sent.id, now=now, actor=ACTOR
+        ):
             return
         delivery = session.get_one(Delivery, delivery.id, populate_existing=True)
     fields = {
@@ -233,7 +235,7 @@ def record(
     }
     if answer.verdict is Verdict.STORED:
         assert answer.status is not None
-        transitions.close_delivered(
+        delivery_transitions.close_delivered(
             session,
             delivery,
             status=answer.status,
@@ -247,11 +249,13 @@ def record(
         reason = answer.reason or ""
         if answer.verdict is Verdict.AGAIN:
             reason = f"gave up after {delivery.attempts + 1} attempts: {reason}"
-        transitions.reject_delivery(session, delivery, status=answer.status, reason=reason, now=now, actor=ACTOR)
+        delivery_transitions.reject_delivery(
+            session, delivery, status=answer.status, reason=reason, now=now, actor=ACTOR
+        )
         log.error("delivery_rejected", **fields)
     else:
         at = next_attempt(destination, delivery.attempts, now, random.random())
-        transitions.postpone_delivery(
+        delivery_transitions.postpone_delivery(
             session,
             delivery,
             status=answer.status,

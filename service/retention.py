@@ -18,7 +18,7 @@ from sqlalchemy import delete, func, select, text
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.shared import audit, transitions
+from service.shared import audit, delivery_transitions, transitions
 from service.shared.audit import AuditKind
 from service.shared.db import (
     Acquisition,
@@ -277,7 +277,9 @@ def _stop(session: Session, study: Study, spool: Spool, now: datetime, actor: st
         .where(Analysis.study_id == study.id, Delivery.state == DeliveryState.PENDING)
     ).all()
     for one in pending:
-        transitions.reject_delivery(session, one, status=None, reason="the study was forgotten", now=now, actor=actor)
+        delivery_transitions.reject_delivery(
+            session, one, status=None, reason="the study was forgotten", now=now, actor=actor
+        )
 
 
 def _study_of(spool: Spool, receipt: Path) -> str | None:

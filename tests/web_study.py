@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service import results
 from service.report.source import SourceStudy, read_source
-from service.shared import transitions
+from service.shared import delivery_transitions, transitions
 from service.shared.db import Analysis, Delivery, StudyHeader
 from service.shared.messages import store_output
 from service.shared.settings import Settings, spool_folder
@@ -66,7 +66,7 @@ def add_real_study(sessions: sessionmaker[Session], settings: Settings, ct: Path
     for delivery_id in deliveries(sessions, analysis_id):
         with sessions.begin() as session:
             delivery = session.get_one(Delivery, delivery_id)
-            transitions.close_delivered(
+            delivery_transitions.close_delivered(
                 session, delivery, status=0, note=None, now=NOW + timedelta(seconds=9), actor=ACTOR
             )
     return RealStudy(study_id, analysis_id, source)

@@ -1,4 +1,5 @@
-"""The tables, and how to reach them on SQLite and PostgreSQL. Transitions between states: transitions.py.
+"""The tables, and how to reach them on SQLite and PostgreSQL. Transitions between states: transitions.py and
+delivery_transitions.py.
 
 Two kinds of tables. *History* (study, instance, analysis, result, delivery, audit_event) holds ids, UIDs, codes and
 counts and is kept. *Erasable* tables (study_header, acquisition, report_text) hold what names or describes a patient,
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import (
     JSON,
     BigInteger,
+    CursorResult,
     DateTime,
     Dialect,
     Enum,
@@ -26,6 +28,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    Update,
     create_engine,
     event,
     text,
@@ -480,3 +483,9 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 
 def open_sessions(engine: Engine) -> sessionmaker[Session]:
     return sessionmaker(engine, expire_on_commit=False)
+
+
+def took_place(session: Session, statement: Update) -> bool:
+    """Whether a conditional UPDATE found its one row as it wanted it."""
+    result = session.execute(statement.execution_options(synchronize_session=False))
+    return cast("CursorResult[Any]", result).rowcount == 1

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from service import commands, refusals
 from service.report.readable import readable
-from service.shared import transitions
+from service.shared import delivery_transitions
 from service.shared.audit import AuditKind
 from service.shared.db import Analysis, AnalysisState, Delivery, DeliveryState, Result, Study
 from service.shared.durable import digest
@@ -403,7 +403,7 @@ def post_resend(web: TheWeb, who: Operator, delivery_id: Id) -> Done:
     """Send the stored bytes once more to the same destination."""
     with web.sessions.begin() as session:
         delivery = _get(session, Delivery, delivery_id)
-        if not transitions.resend_delivery(session, delivery_id, now=web.clock(), actor=who.actor):
+        if not delivery_transitions.resend_delivery(session, delivery_id, now=web.clock(), actor=who.actor):
             raise HTTPException(409, "this delivery is pending already")
     return Done(done=[f"result {delivery.result_id} is on its way to {delivery.destination} again"])
 
@@ -422,7 +422,7 @@ def post_result_resend(
         raise HTTPException(404, "no [[destination]] has this name")
     _stored(path, result)
     with web.sessions.begin() as session:
-        sent = transitions.resend_result(session, result_id, destination, now=web.clock(), actor=who.actor)
+        sent = delivery_transitions.resend_result(session, result_id, destination, now=web.clock(), actor=who.actor)
     if sent is None:
         raise HTTPException(409, "a result that did not pass the gate is never sent")
     return Done(done=[f"result {result_id} is on its way to {destination}"])
@@ -445,7 +445,7 @@ def put_destination(
     if name not in {one.name for one in web.settings.destination}:
         raise HTTPException(404, "no [[destination]] has this name")
     with web.sessions.begin() as session:
-        change = transitions.pause_destination if standing.paused else transitions.resume_destination
+        change = delivery_transitions.pause_destination if standing.paused else delivery_transitions.resume_destination
         changed = change(session, name, now=web.clock(), actor=who.actor)
     return Done(done=[f"{name} is {'paused' if standing.paused else 'resumed'}"] if changed else [])
 

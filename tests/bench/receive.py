@@ -100,7 +100,8 @@ def samples(kind: str, number: int, study: str) -> list[Sample]:
 # --- receivers ---
 
 
-def command(name: str, folder: Path, port: int) -> list[str]:
+def command(name: str, folder: Path, port: int, pair: str | None) -> list[str]:
+    """pair: for TLS, the path of key and certificate without its ending."""
     if name in (OURS, SINK):
         return [
             sys.executable,
@@ -111,8 +112,7 @@ def command(name: str, folder: Path, port: int) -> list[str]:
             str(port),
         ]
     if name == STORESCP:
-        pair = os.environ.get("BENCH_TLS")
-        tls = ["+tls", f"{pair}.key", f"{pair}.pem", "-ic"] if pair else []
+        tls = tls_options(pair) if pair else []
         return ["/usr/bin/storescp", *tls, "--fork", "+B", "-pdu", str(MAX_PDU_BYTES), "-od", str(folder), str(port)]
     if name == PYNETDICOM:
         return [sys.executable, "-m", "pynetdicom", "storescp", str(port), "-q", "-od", str(folder)]
@@ -189,7 +189,7 @@ def receivers(folder: Path, environment: dict[str, str], names: Sequence[str]) -
             own.mkdir()
             port = ports[name] = free_port()
             process = subprocess.Popen(
-                command(name, own, port),
+                command(name, own, port, environment.get("BENCH_TLS")),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=os.environ | environment,
@@ -214,6 +214,11 @@ def wait_for(port: int) -> None:
         else:
             return
     raise TimeoutError("a receiver did not start")
+
+
+def tls_options(pair: str) -> list[str]:
+    """dcmtk's."""
+    return ["+tls", f"{pair}.key", f"{pair}.pem", "-ic"]
 
 
 # --- senders: seconds that it took to have everything acknowledged ---
@@ -466,12 +471,11 @@ def main(arguments: list[str]) -> int:
                 measure_rates(ports, "storescu", wanted, folder)
                 measure_set_up(ports)
         if "tls" in wanted.senders:
-            pair = issue(authority(folder), folder, "server")
+            pair = str(issue(authority(folder), folder, "server").key.with_suffix(""))
             names = (OURS, STORESCP)
-            with receivers(folder / "tls", {"BENCH_TLS": str(pair.key.with_suffix(""))}, names) as ports:
+            with receivers(folder / "tls", {"BENCH_TLS": pair}, names) as ports:
                 head(names)
-                options = ("+tls", str(pair.key), str(pair.certificate), "-ic")
-                measure_rates(ports, "storescu +tls", wanted, folder, options)
+                measure_rates(ports, "storescu +tls", wanted, folder, tls_options(pair))
     say(f"\n{time.perf_counter() - begun:.0f} s in all; load at the end {os.getloadavg()[0]:.1f}")
     return 0
 

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.shared import transitions
+from service.shared import delivery_transitions
 from service.shared.db import Delivery, Role
 from service.shared.settings import DataSettings, DestinationSettings, Settings, WebSettings, database_url
 from service.web.app import serve_web
@@ -239,7 +239,7 @@ def _deliver_again(served: Served) -> None:
     """The delivery as it was, for the next test."""
     with served.sessions.begin() as session:
         delivery = session.get_one(Delivery, 1)
-        assert transitions.close_delivered(session, delivery, status=0, note=None, now=NOW, actor=ACTOR)
+        assert delivery_transitions.close_delivered(session, delivery, status=0, note=None, now=NOW, actor=ACTOR)
 
 
 def test_sign_in_is_throttled_in_words(browser: Browser, served: Served) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service import chain, explain, export, history, stats
 from service.export import Format, Selection
-from service.shared import audit, transitions
+from service.shared import audit, delivery_transitions, transitions
 from service.shared.audit import AuditKind
 from service.shared.db import Delivery, Study, StudyHeader, StudyState
 from service.shared.settings import Settings
@@ -63,7 +63,7 @@ def test_export_by_time_study_sender_and_destination(sessions: sessionmaker[Sess
     (delivery_id,) = add_deliveries(sessions, one, "pacs")
     with sessions.begin() as session:
         delivery = session.get_one(Delivery, delivery_id)
-        transitions.close_delivered(session, delivery, status=0, note=None, now=after(100), actor=ACTOR)
+        delivery_transitions.close_delivered(session, delivery, status=0, note=None, now=after(100), actor=ACTOR)
     add_analysis(sessions, other, now=after(50))
 
     assert {row["study_id"] for row in selected(sessions, study_id=one)} == {one}
@@ -119,7 +119,7 @@ def test_stats_count_and_spread(sessions: sessionmaker[Session]) -> None:
     (delivery_id,) = add_deliveries(sessions, study_id, "pacs")
     with sessions.begin() as session:
         delivery = session.get_one(Delivery, delivery_id)
-        transitions.close_delivered(session, delivery, status=0, note=None, now=after(30), actor=ACTOR)
+        delivery_transitions.close_delivered(session, delivery, status=0, note=None, now=after(30), actor=ACTOR)
 
     with sessions() as session:
         found = stats.stats(session, since=NOW, sender="CT01")

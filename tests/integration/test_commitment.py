@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service import commitment, commitment_answers
 from service.commitment_answers import Answer
-from service.shared import transitions
+from service.shared import delivery_transitions
 from service.shared.db import Delivery, DeliveryState
 from service.shared.settings import DestinationSettings, ScpSettings
 from tests.rows import NOW, add_deliveries, add_study, after, get, kinds, open_database
@@ -162,7 +162,9 @@ def delivered(tmp_path: Path, sqlite_url: str) -> Iterator[Delivered]:
             ids.append(delivery_id)
             with sessions.begin() as session:
                 row = session.get_one(Delivery, delivery_id)
-                transitions.close_delivered(session, row, status=0, note=None, now=NOW, actor="x", proof_at=NOW)
+                delivery_transitions.close_delivered(
+                    session, row, status=0, note=None, now=NOW, actor="x", proof_at=NOW
+                )
         yield Delivered(sessions, ids, tmp_path / "spool")
 
 
@@ -319,7 +321,7 @@ def test_late_answer_to_a_result_that_was_sent_again_meanwhile_does_not_count(de
         delivered.prove(pacs.port, answer_wait_s=0)
     answer = delivered.answer()
     with delivered.sessions.begin() as session:
-        transitions.resend_delivery(session, delivered.ids[0], now=after(1), actor="cli/somebody")
+        delivery_transitions.resend_delivery(session, delivered.ids[0], now=after(1), actor="cli/somebody")
     commitment_answers.keep(delivered.spool, answer)
 
     delivered.take()

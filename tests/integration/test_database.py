@@ -21,7 +21,7 @@ from sqlalchemy import Engine, delete, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.shared import audit, schema, transitions
+from service.shared import audit, delivery_transitions, schema, transitions
 from service.shared.audit import AuditKind
 from service.shared.db import (
     Analysis,
@@ -383,7 +383,7 @@ def test_one_of_three_answers_to_a_delivery_counts(sessions: sessionmaker[Sessio
 
     def answer() -> bool:
         with sessions.begin() as session:
-            return transitions.close_delivered(session, delivery, status=0, note=None, now=NOW, actor=ACTOR)
+            return delivery_transitions.close_delivered(session, delivery, status=0, note=None, now=NOW, actor=ACTOR)
 
     assert sorted(together(*[answer] * AT_ONCE), key=str) == [False, False, True]
     assert get(sessions, Delivery, delivery_id).attempts == 1

@@ -29,7 +29,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import certificates, delivery, requestor
-from service.shared import transitions
+from service.shared import delivery_transitions
 from service.shared.db import Delivery, DeliveryState, Result
 from service.shared.durable import digest
 from service.shared.settings import DestinationSettings, ScpSettings, Settings
@@ -286,7 +286,7 @@ def test_requeued_result_goes_out_as_it_is(outbox: Outbox, pacs: Pacs) -> None:
     outbox.deliver(pacs.port)
 
     with outbox.sessions.begin() as session:
-        assert transitions.requeue_delivery(session, delivery_id, now=NOW, actor="cli/somebody")
+        assert delivery_transitions.requeue_delivery(session, delivery_id, now=NOW, actor="cli/somebody")
     outbox.deliver(pacs.port)
 
     assert outbox.row(delivery_id).state is DeliveryState.DELIVERED
@@ -458,7 +458,7 @@ def test_pause_stops_between_two_results(outbox: Outbox, pacs: Pacs) -> None:
 
     def pause(event: evt.Event) -> None:
         with outbox.sessions.begin() as session:
-            transitions.pause_destination(session, "pacs", now=NOW, actor="cli/somebody")
+            delivery_transitions.pause_destination(session, "pacs", now=NOW, actor="cli/somebody")
 
     pacs.on_store = pause
     first, second = outbox.add(peculiar(1), peculiar(2))

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service import chain, retention
 from service.retention import CannotForget, Standing, why_kept
-from service.shared import transitions
+from service.shared import delivery_transitions
 from service.shared.db import (
     AnalysisState,
     Delivery,
@@ -113,7 +113,7 @@ def file_features(data: Path, study_id: int) -> Path:
 def deliver(sessions: sessionmaker[Session], delivery_id: int) -> None:
     with sessions.begin() as session:
         delivery = session.get_one(Delivery, delivery_id)
-        assert transitions.close_delivered(session, delivery, status=0, note=None, now=NOW, actor=ACTOR)
+        assert delivery_transitions.close_delivered(session, delivery, status=0, note=None, now=NOW, actor=ACTOR)
 
 
 def header(study_id: int) -> StudyHeader:

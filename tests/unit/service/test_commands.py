@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import commands
-from service.shared import transitions
+from service.shared import delivery_transitions, transitions
 from service.shared.db import Analysis, AnalysisState, Delivery, DeliveryState, Study, StudyState
 from service.shared.settings import Settings
 from tests.rows import (
@@ -81,10 +81,10 @@ def test_failed_analyses_and_rejected_deliveries_are_resumed(sessions: sessionma
     study_id = add_study(sessions)
     rejected, delivered = add_deliveries(sessions, study_id, "a", "b")
     with sessions.begin() as session:
-        transitions.reject_delivery(
+        delivery_transitions.reject_delivery(
             session, session.get_one(Delivery, rejected), status=0xC000, reason="", now=NOW, actor="x"
         )
-        transitions.close_delivered(
+        delivery_transitions.close_delivered(
             session, session.get_one(Delivery, delivered), status=0, note=None, now=NOW, actor="x"
         )
     failed = fail(sessions, add_analysis(sessions, study_id, route="other"))
@@ -222,7 +222,7 @@ def test_results_are_sent_again_to_where_they_went(sessions: sessionmaker[Sessio
     for one in (first, gone):
         with sessions.begin() as session:
             row = session.get_one(Delivery, one)
-            transitions.close_delivered(session, row, status=0, note=None, now=NOW, actor="x")
+            delivery_transitions.close_delivered(session, row, status=0, note=None, now=NOW, actor="x")
 
     assert resend(sessions, study_id, stored) == ["sr-comprehensive3d is on its way to a"]
 

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service import delivery, requestor
 from service.delivery import Answer, Verdict, judge, next_attempt
-from service.shared import transitions
+from service.shared import delivery_transitions
 from service.shared.db import Delivery, DeliveryState
 from service.shared.settings import DestinationSettings, Settings
 from tests.receiving import wait_until
@@ -233,7 +233,7 @@ def test_host_that_has_no_address_is_tried_again_later(
 
 
 def pause(sessions: sessionmaker[Session], paused: bool) -> None:
-    change = transitions.pause_destination if paused else transitions.resume_destination
+    change = delivery_transitions.pause_destination if paused else delivery_transitions.resume_destination
     with sessions.begin() as session:
         assert change(session, "pacs", now=NOW, actor="cli/somebody")
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service import history
 from service.history import NotFound
-from service.shared import transitions
+from service.shared import delivery_transitions
 from service.shared.db import Delivery, Destination, ReportText, StudyHeader, StudyState
 from service.shared.settings import DestinationSettings
 from tests.rows import (
@@ -85,7 +85,7 @@ def test_status_counts_by_state(sessions: sessionmaker[Session]) -> None:
     delivered, _, _ = add_deliveries(sessions, study_id, "a", "b", "gone")
     with sessions.begin() as session:
         row = session.get_one(Delivery, delivered)
-        transitions.close_delivered(session, row, status=0, note=None, now=NOW, actor="test")
+        delivery_transitions.close_delivered(session, row, status=0, note=None, now=NOW, actor="test")
         session.add(Destination(name="b", paused=True, changed_at=NOW))
 
     found = status(sessions, "a", "b")
@@ -229,7 +229,7 @@ def test_story_holds_everything_on_record(sessions: sessionmaker[Session]) -> No
     (delivery_id,) = deliveries(sessions, analysis_id)
     with sessions.begin() as session:
         row = session.get_one(Delivery, delivery_id)
-        transitions.close_delivered(session, row, status=0xB000, note="coerced", now=NOW, actor="test")
+        delivery_transitions.close_delivered(session, row, status=0xB000, note="coerced", now=NOW, actor="test")
 
     with sessions() as session:
         story = history.study_story(session, history.study_named(session, STUDY_UID))

@@ -12,7 +12,7 @@ from rich.console import Console
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import history, printing
-from service.shared import transitions
+from service.shared import delivery_transitions, transitions
 from service.shared.db import Delivery, ResultState, StudyHeader
 from service.shared.settings import DestinationSettings
 from tests.rows import (
@@ -81,7 +81,9 @@ def delivered(sessions: sessionmaker[Session]) -> int:
     (delivery_id,) = deliveries(sessions, analysis_id)
     with sessions.begin() as session:
         row = session.get_one(Delivery, delivery_id)
-        transitions.close_delivered(session, row, status=0xB000, note="coerced", now=NOW, actor="service/delivery")
+        delivery_transitions.close_delivered(
+            session, row, status=0xB000, note="coerced", now=NOW, actor="service/delivery"
+        )
     return study_id
 
 
@@ -202,7 +204,7 @@ def test_what_others_wrote_is_shown_as_it_is(sessions: sessionmaker[Session]) ->
     (delivery_id,) = deliveries(sessions, analysis_id)
     with sessions.begin() as session:
         row = session.get_one(Delivery, delivery_id)
-        transitions.reject_delivery(session, row, status=0xC000, reason=HOSTILE, now=NOW, actor=HOSTILE)
+        delivery_transitions.reject_delivery(session, row, status=0xC000, reason=HOSTILE, now=NOW, actor=HOSTILE)
 
     shown = show(sessions)
     listed = history_of(sessions)

@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.shared import transitions
+from service.shared import delivery_transitions, transitions
 from service.shared.db import (
     Analysis,
     AnalysisState,
@@ -451,19 +451,21 @@ def delivery(sessions: sessionmaker[Session], study_id: int) -> Delivery:
 
 def deliver(sessions: sessionmaker[Session], delivery: Delivery, status: int = 0, note: str | None = None) -> bool:
     with sessions.begin() as session:
-        return transitions.close_delivered(session, delivery, status=status, note=note, now=after(3), actor=ACTOR)
+        return delivery_transitions.close_delivered(
+            session, delivery, status=status, note=note, now=after(3), actor=ACTOR
+        )
 
 
 def postpone(sessions: sessionmaker[Session], delivery: Delivery) -> bool:
     with sessions.begin() as session:
-        return transitions.postpone_delivery(
+        return delivery_transitions.postpone_delivery(
             session, delivery, status=0xA700, reason="full", next_attempt_at=after(30), now=NOW, actor=ACTOR
         )
 
 
 def reject(sessions: sessionmaker[Session], delivery: Delivery) -> bool:
     with sessions.begin() as session:
-        return transitions.reject_delivery(
+        return delivery_transitions.reject_delivery(
             session, delivery, status=0xC000, reason="not understood", now=NOW, actor=ACTOR
         )
 
@@ -494,8 +496,8 @@ def test_rejected_delivery_is_resumed_by_a_command(sessions: sessionmaker[Sessio
     assert get(sessions, Delivery, delivery.id).state is DeliveryState.REJECTED
 
     with sessions.begin() as session:
-        assert transitions.requeue_delivery(session, delivery.id, now=after(9), actor="cli/somebody")
-        assert not transitions.requeue_delivery(session, delivery.id, now=after(9), actor="cli/somebody")
+        assert delivery_transitions.requeue_delivery(session, delivery.id, now=after(9), actor="cli/somebody")
+        assert not delivery_transitions.requeue_delivery(session, delivery.id, now=after(9), actor="cli/somebody")
 
     row = get(sessions, Delivery, delivery.id)
     assert (row.state, row.attempts, row.next_attempt_at) == (DeliveryState.PENDING, 0, after(9))
@@ -509,7 +511,9 @@ def test_result_is_sent_again_by_a_command_whatever_became_of_it(
     assert before(sessions, delivery)
 
     with sessions.begin() as session:
-        again = transitions.resend_result(session, delivery.result_id, "pacs", now=after(9), actor="cli/somebody")
+        again = delivery_transitions.resend_result(
+            session, delivery.result_id, "pacs", now=after(9), actor="cli/somebody"
+        )
 
     row = get(sessions, Delivery, delivery.id)
     assert again == delivery.id
@@ -522,7 +526,9 @@ def test_result_is_sent_to_another_destination_by_a_command(
 ) -> None:
     """A delivery of its own; the first one stays as it was."""
     with sessions.begin() as session:
-        made = transitions.resend_result(session, delivery.result_id, "archive", now=after(9), actor="cli/somebody")
+        made = delivery_transitions.resend_result(
+            session, delivery.result_id, "archive", now=after(9), actor="cli/somebody"
+        )
 
     row = get(sessions, Delivery, made)
     assert (row.destination, row.state, row.next_attempt_at) == ("archive", DeliveryState.PENDING, after(9))
@@ -537,19 +543,19 @@ def test_quarantined_result_is_never_sent_by_a_command(sessions: sessionmaker[Se
     assert finish(sessions, analysis_id, (result(analysis_id, state=ResultState.QUARANTINED), ["pacs"]))
     with sessions.begin() as session:
         (result_id,) = session.scalars(select(Result.id).where(Result.analysis_id == analysis_id))
-        assert transitions.resend_result(session, result_id, "pacs", now=NOW, actor=ACTOR) is None
+        assert delivery_transitions.resend_result(session, result_id, "pacs", now=NOW, actor=ACTOR) is None
 
 
 def test_destination_is_paused_and_resumed_once(sessions: sessionmaker[Session]) -> None:
     """Who did it is on record; a second time changes nothing and adds no event."""
     with sessions.begin() as session:
-        assert not transitions.resume_destination(session, "pacs", now=NOW, actor=ACTOR)
-        assert transitions.pause_destination(session, "pacs", now=NOW, actor="cli/somebody")
-        assert not transitions.pause_destination(session, "pacs", now=NOW, actor="cli/other")
+        assert not delivery_transitions.resume_destination(session, "pacs", now=NOW, actor=ACTOR)
+        assert delivery_transitions.pause_destination(session, "pacs", now=NOW, actor="cli/somebody")
+        assert not delivery_transitions.pause_destination(session, "pacs", now=NOW, actor="cli/other")
     assert get(sessions, Destination, "pacs").paused
 
     with sessions.begin() as session:
-        assert transitions.resume_destination(session, "pacs", now=after(9), actor="cli/other")
+        assert delivery_transitions.resume_destination(session, "pacs", now=after(9), actor="cli/other")
     assert not get(sessions, Destination, "pacs").paused
     assert event(sessions, "destination-paused").actor == "cli/somebody"
     assert event(sessions, "destination-resumed").actor == "cli/other"
@@ -576,7 +582,7 @@ def test_every_event_of_a_delivery_names_its_study_and_analysis(
     postpone(sessions, delivery)
     reject(sessions, get(sessions, Delivery, delivery.id))
     with sessions.begin() as session:
-        transitions.requeue_delivery(session, delivery.id, now=NOW, actor=ACTOR)
+        delivery_transitions.requeue_delivery(session, delivery.id, now=NOW, actor=ACTOR)
     deliver(sessions, get(sessions, Delivery, delivery.id))
 
     assert kinds(sessions, study_id=study_id, delivery_id=delivery.id, result_id=delivery.result_id) == [
