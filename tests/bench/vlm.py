@@ -1,8 +1,8 @@
 """Time to first token, memory, tokens per second at the widths of real models, random weights. (`./run bench vlm`)
 
-In one run, one after the other: the stock class on every slice; what the reference of MedPruner computes (every slice
-through the tower, its last attention as an explicit softmax, then the token stage); ours (dropped slices never reach
-the tower, scores in chunks). Which slices are kept is given, not decided: every so-many-th.
+In one run, in turn and for some rounds: the stock class on every slice; what the reference of MedPruner computes (every
+slice through the tower, its last attention as an explicit softmax, then the token stage); ours (dropped slices never
+reach the tower, scores in chunks). Which slices are kept is given, not decided: every so-many-th.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -44,6 +45,7 @@ from workers.vlm.video_llama3 import VideoLlama3
 
 TEXT_PER_SLICE, TEXT_OF_QUESTION = 6, 48  # tokens
 GIB = 2**30
+SAME = 0.05  # two shares of layers that differ by less than this part of themselves are called the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +80,30 @@ class Row:
     tokens: int  # of the prompt, visual ones included
 
 
-def depth(layers: int, fraction: float) -> int:
-    return max(1, round(layers * fraction))
+def depths(dims: Dims, fraction: float) -> tuple[int, int]:
+    """Layers of tower and text model. ValueError where no whole numbers of layers are the same share of both."""
+    tower, text = (max(1, round(layers * fraction)) for layers in (dims.tower[0], dims.text[0]))
+    if not is_same_share(dims, tower, text):
+        shares = (few / dims.tower[0] for few in range(1, dims.tower[0] + 1))
+        fitting = (
+            share for share in shares if is_same_share(dims, *(round(n[0] * share) for n in (dims.tower, dims.text)))
+        )
+        raise ValueError(
+            f"{tower} of {dims.tower[0]} and {text} of {dims.text[0]} layers are not the same share; take one of "
+            + ", ".join(f"{share:.3f}" for share in fitting)
+        )
+    return tower, text
 
 
-def build(name: str, fraction: float, device: torch.device, dtype: torch.dtype) -> Host:
+def is_same_share(dims: Dims, tower: int, text: int) -> bool:
+    shares = tower / dims.tower[0], text / dims.text[0]
+    return max(shares) - min(shares) <= SAME * max(shares)
+
+
+def build(name: str, tower: int, layers: int, device: torch.device, dtype: torch.dtype) -> Host:
     """A host around a stock class with random weights; it has no tokenizer, prompts are made of numbers."""
     dims = DIMS[name]
-    tower, width, inner = depth(dims.tower[0], fraction), dims.tower[1], dims.tower[2]
-    layers, text_width, text_inner = depth(dims.text[0], fraction), dims.text[1], dims.text[2]
+    (_, width, inner), (_, text_width, text_inner) = dims.tower, dims.text
     heads, kv_heads, head_dim = dims.attention
     text: dict[str, Any] = {
         "hidden_size": text_width,
@@ -276,30 +293,40 @@ def pruned(host: Host, images: Prepared, choice: SliceChoice, new: int, tau: flo
 
 
 def matmul_rate(host: Host) -> float:
-    """FLOP/s of a large product in the model's own type; the best of three."""
+    """FLOP/s of a large product in the model's own type; the best of five."""
     size = 8192 if host.opened.device.type == "cuda" else 2048
     one = torch.randn(size, size, device=host.opened.device).to(host.opened.dtype)
-    seconds = []
-    for _ in range(4):
-        began = host._now()
-        one @ one
-        seconds.append(host._now() - began)
-    return 2 * size**3 / min(seconds[1:])
+    result = torch.empty_like(one)
+    return 2 * size**3 / quickest(host, lambda: torch.mm(one, one, out=result))
 
 
 def bandwidth(host: Host) -> float:
-    """Bytes/s read and written by a copy."""
-    one = torch.ones(2**28, dtype=torch.uint8, device=host.opened.device)
+    """Bytes/s at which a matrix is read for its product with a vector, as decoding reads weights; the best of five.
+
+    A copy would write as well, and one into new memory would measure how the system hands out pages.
+    """
+    rows, columns = (2**16, 2**15) if host.opened.device.type == "cuda" else (2**14, 2**14)
+    matrix = torch.ones(rows, columns, dtype=host.opened.dtype, device=host.opened.device)
+    vector, result = matrix[0].clone(), matrix[:, 0].clone()
+    return matrix.nbytes / quickest(host, lambda: torch.mv(matrix, vector, out=result))
+
+
+def quickest(host: Host, run: Callable[[], object], times: int = 5) -> float:
+    """Seconds of the best of some runs, after one that counts for nothing."""
+    run()
     seconds = []
-    for _ in range(4):
+    for _ in range(times):
         began = host._now()
-        one.clone()
+        run()
         seconds.append(host._now() - began)
-    return 2 * one.nbytes / min(seconds[1:])
+    return min(seconds)
 
 
-def flops(dims: Dims, tower: int, text: int, row: Row) -> float:
-    """Of the products up to the first token: linear layers and attention of tower and text model."""
+def flops(dims: Dims, tower: int, text: int, row: Row, words_of_all: int) -> float:
+    """Of the products up to the first token: linear layers and attention of tower and text model.
+
+    words_of_all: vocabulary where the stock class computes the words after every token of the prompt, else 0.
+    """
     patches = dims.side**2
     width, inner = dims.tower[1:]
     per_slice = tower * (2 * patches * (4 * width**2 + 2 * width * inner) + 4 * patches**2 * width)
@@ -307,24 +334,54 @@ def flops(dims: Dims, tower: int, text: int, row: Row) -> float:
     heads, kv_heads, head_dim = dims.attention
     weights = text_width * head_dim * (2 * heads + 2 * kv_heads) + 3 * text_width * text_inner
     prefill = text * (2 * row.tokens * weights + 2 * row.tokens**2 * heads * head_dim)  # causal: half of the square
-    return row.encoded * per_slice + prefill
+    return row.encoded * per_slice + prefill + 2 * row.tokens * text_width * words_of_all
 
 
-def table(host: Host, dims: Dims, rows: list[Row], tower: int, text: int) -> Iterator[str]:
-    rate, bytes_per_s = matmul_rate(host), bandwidth(host)
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Some rounds of one way."""
+
+    rounds: tuple[Row, ...]
+
+    @property
+    def median(self) -> Row:
+        """The middle of the seconds and rates; of the memory the most, for a process seldom gives it back."""
+        one = self.rounds[0]
+        return replace(
+            one,
+            first_s=median(row.first_s for row in self.rounds),
+            vision_s=median(row.vision_s for row in self.rounds),
+            per_s=median(row.per_s for row in self.rounds),
+            peak_gib=max(row.peak_gib for row in self.rounds),
+        )
+
+    def speed_up(self, stock: Measured) -> tuple[float, float, float]:
+        """Of the medians, and the least and the most of any round."""
+        single = [one.first_s / own.first_s for one, own in zip(stock.rounds, self.rounds, strict=True)]
+        return stock.median.first_s / self.median.first_s, min(single), max(single)
+
+
+def table(
+    host: Host, dims: Dims, ways: list[Measured], tower: int, text: int, rates: list[tuple[float, float]]
+) -> Iterator[str]:
+    """rates: FLOP/s and bytes/s, measured before and after; the best count."""
+    rate, bytes_per_s = (max(values) for values in zip(*rates, strict=True))
     weights = sum(value.nbytes for value in host.model.model.language_model.layers.parameters())
     weights += host.model.get_output_embeddings().weight.nbytes
-    yield f"Matrix products {rate / 1e12:.3f} TFLOP/s, copying {bytes_per_s / 1e9:.1f} GB/s, in the same run.\n"
+    words = host.model.config.get_text_config().vocab_size if isinstance(host, VideoLlama3) else 0
+    yield f"Matrix products {rate / 1e12:.3f} TFLOP/s, reading {bytes_per_s / 1e9:.1f} GB/s, in the same run.\n"
     yield (
-        "| way | slices encoded | prompt tokens | first token | of it tower | speed-up | share of the matrix rate | "
-        + ("peak above weights | tokens/s | share of the bandwidth |")
+        f"| way | slices encoded | prompt tokens | first token | of it tower | over {ways[0].median.way} (any round) | "
+        "share of the matrix rate | peak above weights | tokens/s | share of the bandwidth |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|"
-    for row in rows:
-        share = flops(dims, tower, text, row) / rate / row.first_s
+    for way in ways:
+        row = way.median
+        share = flops(dims, tower, text, row, words) / rate / row.first_s
+        middle, least, most = way.speed_up(ways[0])
         yield (
             f"| {row.way} | {row.encoded} | {row.tokens} | {row.first_s:.2f} s | {row.vision_s:.2f} s | "
-            f"{rows[0].first_s / row.first_s:.2f}x | {share:.0%} | {row.peak_gib:.2f} GiB | {row.per_s:.2f} | "
+            f"**{middle:.2f}x** ({least:.2f}-{most:.2f}) | {share:.0%} | {row.peak_gib:.2f} GiB | {row.per_s:.2f} | "
             f"{weights * row.per_s / bytes_per_s:.0%} |"
         )
 
@@ -336,14 +393,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--kept", type=float, default=0.25, help="share of the slices that the slice stage keeps")
     parser.add_argument("--tau", type=float, default=0.9)
     parser.add_argument("--layers-fraction", type=float, default=1.0, help="of tower and text model alike")
-    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="of all ways in turn; medians count")
+    parser.add_argument("--new-tokens", type=int, default=4, help="at least 2: the first, and some to time decoding by")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     dims, device = DIMS[options.dims], torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        tower, text = depths(dims, options.layers_fraction)
+    except ValueError as error:
+        parser.error(str(error))
     began = perf_counter()
-    host = build(options.dims, options.layers_fraction, device, dtype)
-    tower, text = (depth(part[0], options.layers_fraction) for part in (dims.tower, dims.text))
+    host = build(options.dims, tower, text, device, dtype)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(  # noqa: T201
         f"{options.dims}, random weights, {tower} of {dims.tower[0]} tower layers ({tower / dims.tower[0]:.1%}), "
@@ -352,13 +413,13 @@ def main(arguments: list[str]) -> int:
         flush=True,
     )
     for slices in map(int, options.slices.split(",")):
-        print("\n".join(compared(host, options.dims, slices, options)), flush=True)  # noqa: T201
+        print("\n".join(compared(host, dims, slices, tower, text, options)), flush=True)  # noqa: T201
+    print(f"\n{perf_counter() - began:.0f} s in all", flush=True)  # noqa: T201
     return 0
 
 
-def compared(host: Host, name: str, slices: int, options: argparse.Namespace) -> Iterator[str]:
-    """All ways on the same slices."""
-    dims = DIMS[name]
+def compared(host: Host, dims: Dims, slices: int, tower: int, text: int, options: argparse.Namespace) -> Iterator[str]:
+    """All ways on the same slices, in turn, as often as there are rounds."""
     images = prepared(host, dims, slices)
     wanted = max(1, round(options.kept * slices))
     kept = torch.zeros(slices, dtype=torch.bool)
@@ -370,17 +431,20 @@ def compared(host: Host, name: str, slices: int, options: argparse.Namespace) ->
         "reference": lambda: pruned(host, images, choice, new, tau, reference=True),
         "ours": lambda: pruned(host, images, choice, new, tau, reference=False),
     }
-    yield f"\n{slices} slices, {wanted} kept, tau {tau}"
-    rows: list[Row] = []
-    for way, run in ways.items():
-        try:
-            with torch.inference_mode():
-                rows.append(run())
-            print(f"{way}: first token after {rows[-1].first_s:.1f} s", file=sys.stderr, flush=True)  # noqa: T201
-        except torch.OutOfMemoryError:
-            yield f"{way}: out of memory"
-        gc.collect()
-    if rows:
-        yield from table(
-            host, dims, rows, *(depth(part[0], options.layers_fraction) for part in (dims.tower, dims.text))
-        )
+    yield f"\n{slices} slices, {wanted} kept, tau {tau}, {options.rounds} rounds"
+    rates = [(matmul_rate(host), bandwidth(host))]
+    rows: dict[str, list[Row]] = {way: [] for way in ways}
+    for _ in range(options.rounds):
+        for way in [way for way in ways if way in rows]:
+            try:
+                with torch.inference_mode():
+                    rows[way].append(ways[way]())
+                print(f"{way}: first token after {rows[way][-1].first_s:.1f} s", file=sys.stderr, flush=True)  # noqa: T201
+            except torch.OutOfMemoryError:
+                yield f"{way}: out of memory"
+                del rows[way]
+            gc.collect()
+    rates.append((matmul_rate(host), bandwidth(host)))
+    measured = [Measured(tuple(of_way)) for of_way in rows.values()]
+    if measured:
+        yield from table(host, dims, measured, tower, text, rates)
