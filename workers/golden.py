@@ -26,10 +26,12 @@ from workers.pruning import reference
 from workers.pruning.groups import runs
 from workers.pruning.slices import SliceChoice, keep_all, keep_changed
 from workers.pruning.tokens import Reduced, keep_every_token
+from workers.vlm.assemble import Prompt, prune
 from workers.vlm.decoding import greedy
+from workers.vlm.encode import Encoded, Prepared
 from workers.vlm.folder import Opened, architecture_of, load_weights
 from workers.vlm.gemma3 import Gemma3
-from workers.vlm.host import Encoded, Host, Prepared, Prompt, prune
+from workers.vlm.host import Host
 from workers.vlm.patches import patches
 from workers.vlm.qwen3_vl import Qwen3VL
 from workers.vlm.video_llama3 import VideoLlama3

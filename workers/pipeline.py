@@ -37,7 +37,7 @@ from workers.preprocess import Prepared, prepare
 from workers.questions import questions_about
 from workers.sections import Sections, parse
 from workers.series import Choice, choose, read_headers
-from workers.vlm import Generation, VisionLanguageModel
+from workers.vlm import Generation, Reading, VisionLanguageModel
 from workers.vlm.prompt import DroppedSlices
 from workers.volume import Volume, load
 
@@ -100,16 +100,17 @@ def look(request: Request, model: VisionLanguageModel) -> Looked:
     with clock("regions"):
         guide = prepared.guide(volume)
     asked = _coded_findings(settings.model, model)
-    seen = model.look(
+    reading = Reading(
         prepared.pixels,
         request.prompt,
         settings.pruning,
-        max_new_tokens=settings.model.max_new_tokens,
+        settings.model.max_new_tokens,
         dropped=DroppedSlices(settings.pruning.dropped_slices),
         guide=guide,
         questions=partial(questions_about, asked) if asked else None,
         cache=request.cache,
     )
+    seen = model.look(reading)
     return Looked(request, choice, volume, prepared, guide, seen, clock.seconds)
 
 
@@ -154,7 +155,8 @@ def _output(
     looked: Looked, model: VisionLanguageModel, generation: Generation, sections: Sections, arrays: bytes
 ) -> AnalysisOutput:
     request, choice, volume, prepared = looked.request, looked.choice, looked.volume, looked.prepared
-    flags = [*model.flags, *volume.flags, *sections.flags, *([Flag.TRUNCATED] if generation.truncated else [])]
+    of_text = {Flag.TRUNCATED: generation.truncated, Flag.REPETITION: generation.repetition}
+    flags = [*model.flags, *volume.flags, *sections.flags, *(flag for flag, is_so in of_text.items() if is_so)]
     return AnalysisOutput(
         analysis_id=request.analysis_id,
         study_uid=request.study_uid,

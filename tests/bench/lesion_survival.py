@@ -33,7 +33,8 @@ from workers.pruning.groups import blocks, group_mean
 from workers.pruning.slices import SliceChoice, keep_all, keep_changed
 from workers.pruning.tokens import Reduced, keep_every_token, reduce_tokens
 from workers.regions import Spacing
-from workers.vlm.host import Encoded, choose_slices, choose_tokens, guards
+from workers.vlm.encode import Encoded
+from workers.vlm.stages import choose_slices, choose_tokens, guards
 
 TUNING_SEED, REPORTING_SEED = 90_000, 70_000
 PIXELS = 320

@@ -69,7 +69,7 @@ def lines(found: dict[str, dict[str, float]], layers: int, rounds: int) -> list[
         f"tower                    {tower['tower_s']:8.2f} s   peak {tower['peak_gib']:.3f} GiB, weights included",
         f"tower with scoring       {scored['tower_s']:8.2f} s   peak {scored['peak_gib']:.3f} GiB ({above:+.3f} GiB)",
         f"of it scoring            {scored['scoring_s']:8.2f} s",
-        f"scoring alone            {scoring['scoring_s']:8.2f} s   + {scoring['peak_gib']:.3f} GiB median of {rounds}",
+        f"scoring alone            {scoring['scoring_s']:8.2f} s   + {scoring['peak_gib']:.3f} GiB (of {rounds})",
         f"choosing and merging     {scoring['choosing_s']:8.4f} s   {kept}",
         f"explicit softmax         {explicit['scoring_s']:8.2f} s   + {explicit['peak_gib']:.3f} GiB (the reference's)",
         f"the token stage adds     {share:8.2%} of the tower's time",

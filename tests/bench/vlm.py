@@ -8,6 +8,7 @@ reach the tower, scores in chunks). Which slices are kept is given, not decided:
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -29,15 +30,18 @@ from transformers import (
     VideoLlama3Config,
     VideoLlama3ForConditionalGeneration,
 )
+from transformers.initialization import no_init_weights
 
 from service.shared.messages import ModelIdentity
 from workers.pruning.groups import group_mean
 from workers.pruning.slices import SliceChoice, keep_all
 from workers.pruning.tokens import Reduced, reduce_tokens
+from workers.vlm.assemble import Prompt, prune
 from workers.vlm.decoding import Witness, greedy
+from workers.vlm.encode import Encoded, Prepared
 from workers.vlm.folder import Opened
 from workers.vlm.gemma3 import Gemma3
-from workers.vlm.host import Encoded, Host, Prepared, Prompt, prune
+from workers.vlm.host import Host
 from workers.vlm.memory import peak_bytes, release, start_peak
 from workers.vlm.qwen3_vl import Qwen3VL
 from workers.vlm.tap import watching
@@ -154,17 +158,14 @@ def build(name: str, tower: int, layers: int, device: torch.device, dtype: torch
         )
         kind = VideoLlama3ForConditionalGeneration
         make = lambda opened, model: VideoLlama3(opened, model, None, None)  # noqa: E731
-    torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
-        with device:
+        with device, no_init_weights():
             model = kind(config)
     finally:
         torch.set_default_dtype(torch.float32)
     model = model.to(device, dtype).eval()
-    for key, value in model.named_parameters():
-        if key.endswith("mm_input_projection_weight"):  # starts at zero
-            torch.nn.init.normal_(value, std=value.shape[0] ** -0.5)
+    fill(model)
     model.generation_config.eos_token_id = None
     identity = ModelIdentity(
         name=name,
@@ -178,6 +179,21 @@ def build(name: str, tower: int, layers: int, device: torch.device, dtype: torch
         attention="sdpa",
     )
     return make(Opened(Path(), device, dtype, "sdpa", identity, ()), model)
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Random weights of the usual size; a million of them over and over, for billions would take minutes to draw."""
+    drawn = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)) * 0.02
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.ones_(module.weight)
+        if isinstance(bias := getattr(module, "bias", None), Tensor):
+            torch.nn.init.zeros_(bias)
+    for weights in model.parameters():
+        flat = weights.detach().view(-1)
+        for first in range(0, len(flat) if weights.dim() > 1 else 0, len(drawn)):
+            part = flat[first : first + len(drawn)]
+            part.copy_(drawn[: len(part)])
 
 
 def prepared(host: Host, dims: Dims, slices: int) -> Prepared:
@@ -225,6 +241,8 @@ def memory(host: Host) -> Iterator[list[float]]:
     """GiB of the peak above what was in use before."""
     device = host.opened.device
     release(device)
+    if device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what was freed
+        libc.malloc_trim(0)
     start_peak(device)
     before, found = peak_bytes(device), [0.0]
     yield found
@@ -285,10 +303,10 @@ def pruned(host: Host, images: Prepared, choice: SliceChoice, new: int, tau: flo
             asked(host, images, len(reduced.kept), groups.shape[0]), host.placeholder, reduced, encoded.deepstack
         )
         before_text = host._now() - began
-        decoded = host.decode([prompt], new)
+        decoded = host.decode([prompt], [new])
     way = "reference's semantics" if reference else "ours"
     first_s = before_text + decoded.prefill_s
-    rate = (new - 1) / decoded.decode_s
+    rate = (decoded.generated[0] - 1) / decoded.decode_s
     return Row(way, first_s, vision_s, peak[0], rate, len(encoded.features), len(prompt.input_ids))
 
 

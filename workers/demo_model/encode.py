@@ -27,7 +27,8 @@ from workers.pruning.attention import received_attention
 from workers.pruning.groups import blocks, group_mean
 from workers.pruning.slices import keep_all
 from workers.regions import Spacing
-from workers.vlm import host
+from workers.vlm import encode as tower
+from workers.vlm import stages
 
 SUSPECTS = (Sign.NODULE, Sign.EFFUSION, Sign.CONSOLIDATION, Sign.PNEUMOTHORAX, Sign.CALCIFICATION, Sign.ENLARGED)
 
@@ -190,11 +191,11 @@ def show_pruned(encoded: Encoded, setting: Setting, random: np.random.Generator)
     """A long reading as in use, by the host's own token stage."""
     features = encoded.features.float()
     slabs, tokens, _ = features.shape
-    scored = host.is_scored(setting.pruning)
-    known = host.Encoded(features, (), encoded.received if scored else None, encoded.keys.float() if scored else None)
+    scored = stages.is_scored(setting.pruning)
+    known = tower.Encoded(features, (), encoded.received if scored else None, encoded.keys.float() if scored else None)
     grid = (encoded.side, encoded.side)
     guide = encoded.guide() if setting.pruning.method is PruningMethod.GUARDED else None
-    reduced = host.choose_tokens(known, setting.pruning, host.guards(guide, setting.pruning, keep_all(slabs), grid))
+    reduced = stages.choose_tokens(known, setting.pruning, stages.guards(guide, setting.pruning, keep_all(slabs), grid))
     kept = reduced.kept & torch.from_numpy(random.random((slabs, tokens)) < setting.share)
     standing = random.random((slabs, 1)) < setting.slabs
     return Shown(reduced.features, kept & torch.from_numpy(standing | ~standing.any()))

@@ -19,8 +19,11 @@ from workers.demo_model.phantom import SLABS, THICK, THIN, Modality, Phantom, Pr
 from workers.demo_model.pool import TOKENS_PER_SIDE
 from workers.demo_model.targets import Sign, targets_of
 from workers.guide import Guide
-from workers.vlm.host import Encoded, Host, Prepared, choose_slices, choose_tokens, guards, prune
+from workers.vlm.assemble import prune
+from workers.vlm.encode import Encoded, Prepared
+from workers.vlm.host import Host
 from workers.vlm.prompt import DroppedSlices
+from workers.vlm.stages import choose_slices, choose_tokens, guards
 
 PROTOCOLS = {
     "slabs": SLABS,  # rendered as the slabs that the model sees: quick
@@ -122,7 +125,7 @@ def read_together(
         asked = host.ask(prompt, one.prepared, choice, DroppedSlices(pruning.dropped_slices))
         prompts.append(prune(asked, host.placeholder, reduced, ()))
         parts.append((choice, reduced))
-    said = host.decode(prompts, max_new_tokens).tokens
+    said = host.decode(prompts, [max_new_tokens] * len(prompts)).tokens
     each = (process_time() - begun) / max(1, len(seen))
     readings = []
     for one, (choice, reduced), tokens in zip(seen, parts, said, strict=True):

@@ -23,6 +23,26 @@ from workers.vlm.prompt import DroppedSlices
 Questions = Callable[[Sequence[int]], Sequence[Question]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """What to look at, and what to ask about it.
+
+    images: (I, H, W, 3) uint8, the inputs in stack order.
+    guide: of the same inputs, for method `guarded`; without it that method knows of attention alone.
+    questions: what to ask after the report, each as if it alone followed the report.
+    cache: the study's own folder; features kept there from an earlier prompt about the same inputs are used.
+    """
+
+    images: NDArray[np.uint8]
+    prompt: str
+    pruning: PruningSettings
+    max_new_tokens: int
+    dropped: DroppedSlices = DroppedSlices.OMIT
+    guide: Guide | None = None
+    questions: Questions | None = None
+    cache: Path | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
     """The funnel of visual tokens, and the text around them."""
@@ -50,6 +70,7 @@ class Generation:
 
     text: str
     truncated: bool  # ended at max_new_tokens, not at the model's own end
+    repetition: bool  # ended in a loop; only its first round is in the text
     inputs_kept: NDArray[np.bool_]
     represented_by: NDArray[np.int32]
     tokens: NDArray[np.uint8]
@@ -90,45 +111,19 @@ class VisionLanguageModel(Protocol):
         """What was measured of these weights, in sentences that every report repeats, as medpruner.json says."""
         ...
 
-    def read(
-        self,
-        images: NDArray[np.uint8],
-        prompt: str,
-        pruning: PruningSettings,
-        *,
-        max_new_tokens: int,
-        dropped: DroppedSlices = DroppedSlices.OMIT,
-        guide: Guide | None = None,
-        questions: Questions | None = None,
-        cache: Path | None = None,
-    ) -> Generation:
-        """Look at one study and say what is on it.
+    def look(self, reading: Reading) -> Any:
+        """Do everything up to the language model, of one study.
 
-        images: (I, H, W, 3), the inputs in stack order. Greedy: the same inputs give the same text.
-        guide: of the same inputs, for method `guarded`; without it that method knows of attention alone.
-        questions: what to ask after the report, each as if it alone followed the report.
-        cache: the study's own folder; features kept there from an earlier prompt about the same inputs are used.
-        Refusal CONTEXT_TOO_LONG when what is left after pruning does not fit the model.
+        Refusal CONTEXT_TOO_LONG when what is left after pruning does not fit the model, TOO_FEW_SLICES when there is
+        nothing to look at.
         """
         ...
 
-    def look(
-        self,
-        images: NDArray[np.uint8],
-        prompt: str,
-        pruning: PruningSettings,
-        *,
-        max_new_tokens: int,
-        dropped: DroppedSlices = DroppedSlices.OMIT,
-        guide: Guide | None = None,
-        questions: Questions | None = None,
-        cache: Path | None = None,
-    ) -> Any:
-        """Do the first half of read(): everything up to the language model, of one study."""
-        ...
-
     def say(self, studies: Sequence[Any]) -> list[Generation]:
-        """Do the second half for what look() returned, for all studies together: each says what it says alone."""
+        """Let the language model speak about what look() returned, all studies together: each says what it says alone.
+
+        Greedy: the same inputs give the same text.
+        """
         ...
 
 

@@ -15,8 +15,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from service.shared.settings import ConfigurationError
 from workers.pruning.groups import blocks
 from workers.pruning.slices import SliceChoice
+from workers.vlm.assemble import Prompt, PrunedPrompt, padded
+from workers.vlm.encode import Prepared
 from workers.vlm.folder import Opened, load_weights
-from workers.vlm.host import Host, Prepared, Prompt, PrunedPrompt, padded
+from workers.vlm.host import Host
 from workers.vlm.prompt import DroppedSlices, Image, joined, slices_in_turn
 from workers.vlm.tap import tapped
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from service.shared.settings import ConfigurationError
+from workers.vlm.encode import Prepared
 from workers.vlm.folder import Opened
-from workers.vlm.host import Prepared
 
 IMAGES_AT_ONCE = 16  # through the processor, which works in several copies of float
 

@@ -14,8 +14,10 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from workers.pruning.groups import runs
 from workers.pruning.slices import SliceChoice
+from workers.vlm.assemble import Prompt, PrunedPrompt, padded
+from workers.vlm.encode import Prepared
 from workers.vlm.folder import Opened, load_weights
-from workers.vlm.host import Host, Prepared, Prompt, PrunedPrompt, padded
+from workers.vlm.host import Host
 from workers.vlm.patches import expand, load_image_processor, load_tokenizer, prepare_patches
 from workers.vlm.prompt import DroppedSlices
 from workers.vlm.tap import tapped, vision_attention

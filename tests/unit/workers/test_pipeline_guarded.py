@@ -24,7 +24,7 @@ from workers.demo_model.phantom import Protocol, generate
 from workers.demo_model.random_weights import write
 from workers.pipeline import Request, as_applied, read
 from workers.vlm import VisionLanguageModel, open_model
-from workers.vlm.host import budget_tokens
+from workers.vlm.stages import budget_tokens
 
 KEPT = TOKEN_CODES[TokenState.KEPT]
 

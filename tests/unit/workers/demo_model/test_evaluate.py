@@ -16,7 +16,7 @@ from workers.demo_model.evaluate import images_of, look, read_together, study_of
 from workers.demo_model.folder import MARK, new_model, write_folder
 from workers.demo_model.other_bodies import Body
 from workers.demo_model.phantom import SLABS, Modality, Protocol, generate, labels_at
-from workers.vlm import open_model
+from workers.vlm import Reading, open_model
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,9 @@ def test_reading_together_says_what_the_host_says_alone(folder: Path) -> None:
         pruning = PruningSettings(method=method, token_budget=0.3)
         together = read_together(host, seen, "Describe this CT study.", pruning, max_new_tokens=12)
         for study, reading in zip(studies, together, strict=True):
-            alone = host.read(study.images, "Describe this CT study.", pruning, max_new_tokens=12, guide=study.guide)
+            alone = host.read(
+                Reading(study.images, "Describe this CT study.", pruning, max_new_tokens=12, guide=study.guide)
+            )
             assert reading.text == alone.text
             assert reading.tokens_kept == alone.counts.tokens_kept
             assert reading.slices_kept == alone.inputs_kept.sum()

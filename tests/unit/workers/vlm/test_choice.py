@@ -19,11 +19,14 @@ from tests.tiny_models import write_qwen3_vl, write_video_llama3
 from workers.demo_model.random_weights import write as write_gemma3
 from workers.errors import Refusal, RefusalCode
 from workers.questions import Question, questions_about
+from workers.vlm import Reading
 from workers.vlm import choice as choice_module
+from workers.vlm.assemble import PrunedPrompt, prune
 from workers.vlm.choice import can_be_shared
 from workers.vlm.folder import open_folder
-from workers.vlm.host import Host, PrunedPrompt, choose_slices, choose_tokens, prune
+from workers.vlm.host import Host
 from workers.vlm.prompt import DroppedSlices
+from workers.vlm.stages import choose_slices, choose_tokens
 
 PRUNED = PruningSettings.model_validate({"method": "medpruner", "tau": 0.6, "gamma": 0.02})
 OFF = PruningSettings.model_validate({"method": "off"})
@@ -82,7 +85,7 @@ def by_full_forward(model: Host, prompt: PrunedPrompt, report: Sequence[int], qu
 def test_probabilities_are_those_of_full_forwards(model: Host, settings: PruningSettings, question: Question) -> None:
     """Answers weighed from the report's own cache have the probabilities of a forward of the whole each."""
     prompt = prompted(model, images(14), settings)  # unpruned longer than Gemma's sliding window
-    decoded = model.decode([prompt], 9)
+    decoded = model.decode([prompt], [9])
     report = decoded.tokens[0]
 
     ours = model.answer(prompt, report, [model.choice_of(question)], decoded.cache)[0]
@@ -98,10 +101,10 @@ def test_probabilities_are_those_of_full_forwards(model: Host, settings: Pruning
 def test_ended_report_is_followed_by_the_same_turn(model: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """A report that ends by itself, early, is continued without a second end."""
     prompt = prompted(model, images(4), PRUNED)
-    cut = model.decode([prompt], 9).tokens[0]
+    cut = model.decode([prompt], [9]).tokens[0]
     turn_end = model.choice_of(SIDE).end
     monkeypatch.setattr(model.model.generation_config, "eos_token_id", [int(cut[5]), turn_end])
-    decoded = model.decode([prompt], 9)
+    decoded = model.decode([prompt], [9])
 
     ours = model.answer(prompt, decoded.tokens[0], [model.choice_of(SIDE)], decoded.cache)[0]
 
@@ -126,7 +129,7 @@ def test_without_a_cache_the_prompt_is_read_once_more(model: Host, length: int) 
 def test_few_answers_at_a_time_change_nothing(model: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is bounded by the number of answers weighed at a time; their probabilities stay."""
     prompt = prompted(model, images(3), PRUNED)
-    decoded = model.decode([prompt], 5)
+    decoded = model.decode([prompt], [5])
     together = model.answer(prompt, decoded.tokens[0], [model.choice_of(SIZE)], decoded.cache)
     monkeypatch.setattr(choice_module, "BYTES_AT_ONCE", 1)
 
@@ -138,8 +141,8 @@ def test_few_answers_at_a_time_change_nothing(model: Host, monkeypatch: pytest.M
 def test_each_question_stands_alone(model: Host) -> None:
     """The answers to a question do not depend on which others are asked, nor in which order."""
     settings = {"prompt": ASKED, "pruning": PRUNED, "max_new_tokens": 6}
-    first = model.read(images(5), **settings, questions=lambda kept: [SIDE, SIZE])  # type: ignore[arg-type]
-    other = model.read(images(5), **settings, questions=lambda kept: [SIZE, SIDE, SIZE])  # type: ignore[arg-type]
+    first = model.read(Reading(images(5), **settings, questions=lambda kept: [SIDE, SIZE]))  # type: ignore[arg-type]
+    other = model.read(Reading(images(5), **settings, questions=lambda kept: [SIZE, SIDE, SIZE]))  # type: ignore[arg-type]
 
     assert first.answers == (other.answers[1], other.answers[0])
     assert first.questions == (SIDE, SIZE)
@@ -147,9 +150,9 @@ def test_each_question_stands_alone(model: Host) -> None:
 
 def test_questions_leave_nothing_behind(model: Host) -> None:
     """Text and masks are those without questions, before and after; timings name the step."""
-    plain = model.read(images(5), ASKED, PRUNED, max_new_tokens=6)
-    asked = model.read(images(5), ASKED, PRUNED, max_new_tokens=6, questions=lambda kept: [SIDE])
-    again = model.read(images(5), ASKED, PRUNED, max_new_tokens=6)
+    plain = model.read(Reading(images(5), ASKED, PRUNED, max_new_tokens=6))
+    asked = model.read(Reading(images(5), ASKED, PRUNED, max_new_tokens=6, questions=lambda kept: [SIDE]))
+    again = model.read(Reading(images(5), ASKED, PRUNED, max_new_tokens=6))
 
     assert plain.text == asked.text == again.text
     assert np.array_equal(plain.tokens, asked.tokens)
@@ -169,7 +172,7 @@ def test_questions_hear_which_inputs_were_kept(model: Host) -> None:
         heard.append(list(kept))
         return questions_about([FindingName.NODULE, FindingName.CARDIOMEGALY], kept)
 
-    generation = model.read(stack, ASKED, PRUNED, max_new_tokens=3, questions=ask)
+    generation = model.read(Reading(stack, ASKED, PRUNED, max_new_tokens=3, questions=ask))
 
     assert heard == [[1, 3, 4]]
     assert [len(one) for one in generation.answers] == [len(one.answers) for one in generation.questions]
@@ -199,10 +202,10 @@ def test_questions_need_room_in_the_context(model: Host, monkeypatch: pytest.Mon
     prompt = prompted(model, images(2), OFF)
     room = len(prompt.input_ids) + 4
     monkeypatch.setattr(model.model.config.get_text_config(), "max_position_embeddings", room)
-    model.read(images(2), ASKED, OFF, max_new_tokens=4)
+    model.read(Reading(images(2), ASKED, OFF, max_new_tokens=4))
 
     with pytest.raises(Refusal) as refusal:
-        model.read(images(2), ASKED, OFF, max_new_tokens=4, questions=lambda kept: [SIDE])
+        model.read(Reading(images(2), ASKED, OFF, max_new_tokens=4, questions=lambda kept: [SIDE]))
 
     assert refusal.value.code is RefusalCode.CONTEXT_TOO_LONG
 

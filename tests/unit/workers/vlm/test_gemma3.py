@@ -19,12 +19,14 @@ from workers.errors import Refusal, RefusalCode
 from workers.pruning.finite import NotFinite
 from workers.pruning.slices import keep_all
 from workers.questions import Question
-from workers.vlm import Generation, host
+from workers.vlm import Generation, Reading, host
+from workers.vlm.assemble import prune
 from workers.vlm.decoding import greedy
+from workers.vlm.encode import Prepared
 from workers.vlm.folder import open_folder
 from workers.vlm.gemma3 import Gemma3
-from workers.vlm.host import choose_slices, choose_tokens, is_scored, prune
 from workers.vlm.prompt import DroppedSlices
+from workers.vlm.stages import choose_slices, choose_tokens, is_scored
 
 OFF = PruningSettings.model_validate({"method": "off"})
 PRUNED = PruningSettings.model_validate({"method": "medpruner", "tau": 0.5, "gamma": 0.02})
@@ -120,7 +122,7 @@ def test_off_is_the_stock_model_bit_for_bit(model: Gemma3) -> None:
 
 def test_off_shows_everything(model: Gemma3) -> None:
     """Off keeps every input and token, scores none, and says so."""
-    generation = model.read(images(), QUESTION, OFF, max_new_tokens=4)
+    generation = model.read(Reading(images(), QUESTION, OFF, max_new_tokens=4))
 
     assert generation.inputs_kept.all()
     assert (generation.tokens == KEPT).all()
@@ -137,7 +139,7 @@ def test_dropped_slices_never_reach_the_tower(model: Gemma3) -> None:
         lambda module, arguments, named, output: seen.append(len(named["pixel_values"])), with_kwargs=True
     )
     try:
-        generation = model.read(images(equal=(2, 4, 5)), QUESTION, PRUNED, max_new_tokens=2)
+        generation = model.read(Reading(images(equal=(2, 4, 5)), QUESTION, PRUNED, max_new_tokens=2))
     finally:
         hook.remove()
 
@@ -149,7 +151,7 @@ def test_dropped_slices_never_reach_the_tower(model: Gemma3) -> None:
 
 def test_every_token_is_on_record(model: Gemma3) -> None:
     """Codes, targets, scores and counts of one pruned study agree with each other."""
-    generation = model.read(images(equal=(2,)), QUESTION, PRUNED, max_new_tokens=4)
+    generation = model.read(Reading(images(equal=(2,)), QUESTION, PRUNED, max_new_tokens=4))
 
     tokens, into, counts = generation.tokens, generation.merged_into, generation.counts
     assert ((tokens == MERGED) == (into >= 0)).all()
@@ -167,7 +169,7 @@ def test_without_targets_tokens_are_dropped(model: Gemma3) -> None:
     """With contextual_fraction 0 nothing is merged, and the rest is on record as dropped."""
     settings = PRUNED.model_copy(update={"contextual_fraction": 0.0})
 
-    generation = model.read(images(), QUESTION, settings, max_new_tokens=2)
+    generation = model.read(Reading(images(), QUESTION, settings, max_new_tokens=2))
 
     assert set(np.unique(generation.tokens)) == {KEPT, DROPPED}
     assert generation.counts.tokens_merged == 0
@@ -178,7 +180,7 @@ def test_each_stage_can_be_off_alone(model: Gemma3, stage: str) -> None:
     """A stage that is off changes nothing: all inputs, or all tokens of kept inputs, stay."""
     settings = PRUNED.model_copy(update={stage: False})
 
-    generation = model.read(images(equal=(1,)), QUESTION, settings, max_new_tokens=2)
+    generation = model.read(Reading(images(equal=(1,)), QUESTION, settings, max_new_tokens=2))
 
     if stage == "slice_stage":
         assert generation.inputs_kept.all()
@@ -190,22 +192,22 @@ def test_each_stage_can_be_off_alone(model: Gemma3, stage: str) -> None:
 
 def test_no_state_survives_a_request(model: Gemma3) -> None:
     """The same study gives the same answer before and after another study with other settings."""
-    first = model.read(images(seed=1), QUESTION, PRUNED, max_new_tokens=8)
-    model.read(images(9, seed=2), "Another question", OFF, max_new_tokens=3)
-    again = model.read(images(seed=1), QUESTION, PRUNED, max_new_tokens=8)
+    first = model.read(Reading(images(seed=1), QUESTION, PRUNED, max_new_tokens=8))
+    model.read(Reading(images(9, seed=2), "Another question", OFF, max_new_tokens=3))
+    again = model.read(Reading(images(seed=1), QUESTION, PRUNED, max_new_tokens=8))
 
     assert same(first, again)
 
 
 def test_failed_request_leaves_the_model_as_it_was(model: Gemma3, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an exception in the tower the next study is read as if nothing had happened."""
-    before = model.read(images(), QUESTION, PRUNED, max_new_tokens=6)
+    before = model.read(Reading(images(), QUESTION, PRUNED, max_new_tokens=6))
     with monkeypatch.context() as patch:
         patch.setattr(model, "features", _out_of_memory)
         with pytest.raises(MemoryError):
-            model.read(images(), QUESTION, PRUNED, max_new_tokens=6)
+            model.read(Reading(images(), QUESTION, PRUNED, max_new_tokens=6))
 
-    assert same(model.read(images(), QUESTION, PRUNED, max_new_tokens=6), before)
+    assert same(model.read(Reading(images(), QUESTION, PRUNED, max_new_tokens=6)), before)
 
 
 def _out_of_memory(*arguments: object) -> None:
@@ -214,11 +216,11 @@ def _out_of_memory(*arguments: object) -> None:
 
 def test_two_threads_do_not_mix(model: Gemma3) -> None:
     """Two studies at a time on one model each get their own scores and text."""
-    alone = [model.read(images(seed=seed), QUESTION, PRUNED, max_new_tokens=5) for seed in (4, 5)]
+    alone = [model.read(Reading(images(seed=seed), QUESTION, PRUNED, max_new_tokens=5)) for seed in (4, 5)]
     together: dict[int, Generation] = {}
 
     def read(place: int) -> None:
-        together[place] = model.read(images(seed=place + 4), QUESTION, PRUNED, max_new_tokens=5)
+        together[place] = model.read(Reading(images(seed=place + 4), QUESTION, PRUNED, max_new_tokens=5))
 
     threads = [threading.Thread(target=read, args=(place,)) for place in (0, 1)]
     for thread in threads:
@@ -240,17 +242,17 @@ def test_batch_of_studies_equals_single_ones(model: Gemma3) -> None:
             encoded = model.encode(prepared, choice.kept, model.groups(prepared), scored=is_scored(settings))
             asked = model.ask(QUESTION, prepared, choice, DroppedSlices.OMIT)
             prompts.append(prune(asked, model.placeholder, choose_tokens(encoded, settings), encoded.deepstack))
-        together = model.decode(prompts, 8).tokens
-        alone = [model.decode([prompt], 8).tokens[0] for prompt in prompts]
+        together = model.decode(prompts, [8] * len(prompts)).tokens
+        alone = [model.decode([prompt], [8]).tokens[0] for prompt in prompts]
 
     assert [tokens.tolist() for tokens in together] == [tokens.tolist() for tokens in alone]
 
 
 def test_chunks_of_slices_change_nothing(model: Gemma3, monkeypatch: pytest.MonkeyPatch) -> None:
     """One slice at a time through the tower gives the same masks and text as all at once."""
-    whole = model.read(images(), QUESTION, PRUNED, max_new_tokens=6)
+    whole = model.read(Reading(images(), QUESTION, PRUNED, max_new_tokens=6))
     monkeypatch.setattr(host, "PATCHES_AT_ONCE", 1)
-    single = model.read(images(), QUESTION, PRUNED, max_new_tokens=6)
+    single = model.read(Reading(images(), QUESTION, PRUNED, max_new_tokens=6))
 
     assert single.text == whole.text
     assert np.array_equal(single.tokens, whole.tokens)
@@ -261,7 +263,7 @@ def test_eager_attention_gives_the_same_masks(model: Gemma3, folder: Path) -> No
     """The attention kernel is a matter of speed."""
     eager = open_folder(ModelSettings(device="cpu", attention="eager"), folder)
 
-    ours, other = (one.read(images(), QUESTION, PRUNED, max_new_tokens=6) for one in (model, eager))
+    ours, other = (one.read(Reading(images(), QUESTION, PRUNED, max_new_tokens=6)) for one in (model, eager))
 
     assert np.array_equal(ours.tokens, other.tokens)
     np.testing.assert_allclose(ours.scores, other.scores, atol=1e-4)
@@ -270,11 +272,11 @@ def test_eager_attention_gives_the_same_masks(model: Gemma3, folder: Path) -> No
 
 def test_text_ends_where_the_model_ends(model: Gemma3, monkeypatch: pytest.MonkeyPatch) -> None:
     """A text that the model ends is whole; one cut at max_new_tokens is marked as truncated."""
-    cut = model.read(images(), QUESTION, OFF, max_new_tokens=6)
+    cut = model.read(Reading(images(), QUESTION, OFF, max_new_tokens=6))
     third = model.processor.tokenizer(cut.text, add_special_tokens=False)["input_ids"][2]
     monkeypatch.setattr(model.model.generation_config, "eos_token_id", [third])
 
-    whole = model.read(images(), QUESTION, OFF, max_new_tokens=6)
+    whole = model.read(Reading(images(), QUESTION, OFF, max_new_tokens=6))
 
     assert cut.truncated
     assert cut.counts.tokens_generated == 6
@@ -288,7 +290,7 @@ def test_too_many_slices_are_refused_before_the_tower(model: Gemma3, monkeypatch
     monkeypatch.setattr(model, "features", _out_of_memory)  # would be reached otherwise
 
     with pytest.raises(Refusal, match="max_slices") as refusal:
-        model.read(images(12), QUESTION, OFF, max_new_tokens=10)
+        model.read(Reading(images(12), QUESTION, OFF, max_new_tokens=10))
 
     assert refusal.value.code is RefusalCode.CONTEXT_TOO_LONG
     assert "200" in refusal.value.reason
@@ -300,14 +302,14 @@ def test_pruning_that_does_not_suffice_is_refused(model: Gemma3, monkeypatch: py
     settings = PRUNED.model_copy(update={"tau": 0.95})
 
     with pytest.raises(Refusal, match="lower") as refusal:
-        model.read(images(), QUESTION, settings, max_new_tokens=10)
+        model.read(Reading(images(), QUESTION, settings, max_new_tokens=10))
 
     assert refusal.value.code is RefusalCode.CONTEXT_TOO_LONG
 
 
 def test_single_slice_is_read(model: Gemma3) -> None:
     """One input is kept and read."""
-    generation = model.read(images(1), QUESTION, PRUNED, max_new_tokens=3)
+    generation = model.read(Reading(images(1), QUESTION, PRUNED, max_new_tokens=3))
 
     assert generation.inputs_kept.tolist() == [True]
     assert generation.counts.tokens_kept > 0
@@ -318,7 +320,7 @@ def test_constant_slices_leave_one(model: Gemma3, value: int) -> None:
     """Constant and equal slices are represented by the first, which is read."""
     stack = np.full((4, 40, 40, 3), value, dtype=np.uint8)
 
-    generation = model.read(stack, QUESTION, PRUNED, max_new_tokens=3)
+    generation = model.read(Reading(stack, QUESTION, PRUNED, max_new_tokens=3))
 
     assert generation.inputs_kept.tolist() == [True, False, False, False]
     assert generation.represented_by.tolist() == [0, 0, 0, 0]
@@ -327,7 +329,7 @@ def test_constant_slices_leave_one(model: Gemma3, value: int) -> None:
 def test_image_token_in_the_question_is_refused(model: Gemma3) -> None:
     """A prompt that would shift the images against their places is refused with the key to change."""
     with pytest.raises(ConfigurationError, match=r"\[report\] prompt"):
-        model.read(images(), "See <start_of_image> here", PRUNED, max_new_tokens=3)
+        model.read(Reading(images(), "See <start_of_image> here", PRUNED, max_new_tokens=3))
 
 
 @pytest.mark.parametrize("where", ["vision", "text"])
@@ -341,7 +343,7 @@ def test_weights_that_give_nan_are_noticed(folder: Path, where: str) -> None:
         part[0, 0] = float("nan")
 
     with pytest.raises(NotFinite, match="visual features" if where == "vision" else "logits"):
-        broken.read(images(), QUESTION, OFF, max_new_tokens=3)
+        broken.read(Reading(images(), QUESTION, OFF, max_new_tokens=3))
 
 
 def test_dropped_slices_can_be_referred_to(model: Gemma3) -> None:
@@ -366,10 +368,10 @@ def test_too_little_memory_is_tried_with_fewer_slices(
     model: Gemma3, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """Where all slices at once do not fit, an eighth of them does, and the report is the same."""
-    whole = model.read(images(8), QUESTION, PRUNED, max_new_tokens=6)
+    whole = model.read(Reading(images(8), QUESTION, PRUNED, max_new_tokens=6))
     features, sizes = model.features, []
 
-    def small_memory(pixels: torch.Tensor, prepared: host.Prepared) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def small_memory(pixels: torch.Tensor, prepared: Prepared) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         sizes.append(len(pixels))
         if len(pixels) > 1:
             raise error
@@ -377,7 +379,7 @@ def test_too_little_memory_is_tried_with_fewer_slices(
 
     monkeypatch.setattr(model, "features", small_memory)
     monkeypatch.setattr(host, "PATCHES_AT_ONCE", 8 * 14 * 14)
-    again = model.read(images(8), QUESTION, PRUNED, max_new_tokens=6)
+    again = model.read(Reading(images(8), QUESTION, PRUNED, max_new_tokens=6))
 
     assert sizes == [8, *[1] * 8]
     assert again.text == whole.text
@@ -395,7 +397,7 @@ def test_memory_that_never_suffices_ends_the_study(model: Gemma3, monkeypatch: p
     monkeypatch.setattr(host, "PATCHES_AT_ONCE", 8 * 14 * 14)
 
     with pytest.raises(torch.OutOfMemoryError):
-        model.read(images(8), QUESTION, OFF, max_new_tokens=6)
+        model.read(Reading(images(8), QUESTION, OFF, max_new_tokens=6))
     assert tried == [8, 1]
 
 
@@ -405,11 +407,35 @@ def test_studies_said_together_are_those_said_alone(model: Gemma3) -> None:
     alone, seen = [], []
     for count, length in ((3, 4), (7, 9)):
         values: dict[str, Any] = {"max_new_tokens": length, "questions": lambda kept: [ask]}
-        alone.append(model.read(images(count), QUESTION, PRUNED, **values))
-        seen.append(model.look(images(count), QUESTION, PRUNED, **values))
+        alone.append(model.read(Reading(images(count), QUESTION, PRUNED, **values)))
+        seen.append(model.look(Reading(images(count), QUESTION, PRUNED, **values)))
 
     together = model.say(seen)
 
     assert all(same(one, other) for one, other in zip(alone, together, strict=True))
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_allclose(one.answers, other.answers, atol=1e-5)
+
+
+def test_loop_ends_a_text_and_not_its_neighbours(model: Gemma3) -> None:
+    """A study whose text runs in circles is over early and says so; the other says what it says alone."""
+    alone = model.read(Reading(images(3), QUESTION, PRUNED, max_new_tokens=70))
+    seen = [model.look(Reading(images(count), QUESTION, PRUNED, max_new_tokens=70)) for count in (3, 7)]
+    word = model.processor.tokenizer("x", add_special_tokens=False)["input_ids"][0]
+
+    def insist(module: object, arguments: object, logits: torch.Tensor) -> torch.Tensor:
+        logits[-1, :, word] = 1e4  # the last study of the batch
+        return logits
+
+    hook = model.model.lm_head.register_forward_hook(insist)
+    try:
+        together = model.say(seen)
+        single = model.say(seen[1:])
+    finally:
+        hook.remove()
+
+    assert same(together[0], alone)
+    assert together[1].text == single[0].text == "x"
+    assert together[1].repetition
+    assert not together[1].truncated
+    assert single[0].counts.tokens_generated == 48

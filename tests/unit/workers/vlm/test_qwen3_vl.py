@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from service.shared.settings import ConfigurationError, ModelSettings, PruningSettings
 from tests.tiny_models import write_qwen3_vl
 from workers.pruning.slices import SliceChoice, keep_all
+from workers.vlm import Reading
+from workers.vlm.assemble import prune
 from workers.vlm.decoding import greedy
 from workers.vlm.folder import open_folder
-from workers.vlm.host import choose_slices, choose_tokens, prune
 from workers.vlm.prompt import DroppedSlices
 from workers.vlm.qwen3_vl import Qwen3VL
+from workers.vlm.stages import choose_slices, choose_tokens
 
 OFF = PruningSettings.model_validate({"method": "off"})
 PRUNED = PruningSettings.model_validate({"method": "medpruner", "tau": 0.6})
@@ -89,15 +91,15 @@ def test_batch_of_studies_equals_single_ones(model: Qwen3VL) -> None:
             encoded = model.encode(prepared, choice.kept, model.groups(prepared), scored=scored)
             asked = model.ask("Why?", prepared, choice, DroppedSlices.OMIT)
             prompts.append(prune(asked, model.placeholder, choose_tokens(encoded, settings), encoded.deepstack))
-        together = model.decode(prompts, 8).tokens
-        alone = [model.decode([prompt], 8).tokens[0] for prompt in prompts]
+        together = model.decode(prompts, [8] * len(prompts)).tokens
+        alone = [model.decode([prompt], [8]).tokens[0] for prompt in prompts]
 
     assert [tokens.tolist() for tokens in together] == [tokens.tolist() for tokens in alone]
 
 
 def test_no_state_survives_a_request(model: Qwen3VL) -> None:
     """The stock class keeps position offsets between calls; after a study they are gone."""
-    model.read(images(3), "Why?", PRUNED, max_new_tokens=3)
+    model.read(Reading(images(3), "Why?", PRUNED, max_new_tokens=3))
 
     assert model.model.model.rope_deltas is None
 
@@ -107,7 +109,7 @@ def test_pruned_study_is_on_record(model: Qwen3VL) -> None:
     stack = images(4)
     stack[2] = stack[1]
 
-    generation = model.read(stack, "Why?", PRUNED, max_new_tokens=4)
+    generation = model.read(Reading(stack, "Why?", PRUNED, max_new_tokens=4))
 
     assert (generation.token_rows, generation.token_columns) == (6, 7)
     assert generation.inputs_kept.tolist() == [True, True, False, True]
@@ -118,4 +120,4 @@ def test_pruned_study_is_on_record(model: Qwen3VL) -> None:
 def test_image_token_in_the_question_is_refused(model: Qwen3VL) -> None:
     """A prompt that would shift the images against their places is refused with the key to change."""
     with pytest.raises(ConfigurationError, match=r"\[report\]"):
-        model.read(images(2), "See <|image_pad|>", PRUNED, max_new_tokens=2)
+        model.read(Reading(images(2), "See <|image_pad|>", PRUNED, max_new_tokens=2))

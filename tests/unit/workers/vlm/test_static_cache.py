@@ -13,6 +13,7 @@ from service.shared.settings import ConfigurationError, ModelSettings, PruningSe
 from tests.tiny_models import write_qwen3_vl, write_video_llama3
 from workers.demo_model.random_weights import write
 from workers.questions import Question
+from workers.vlm import Reading
 from workers.vlm.folder import open_folder
 
 PRUNED = PruningSettings.model_validate({"method": "medpruner", "tau": 0.6, "gamma": 0.02})
@@ -29,7 +30,7 @@ def test_static_cache_says_the_same(kind: str, count: int, tmp_path: Path) -> No
     values = {"prompt": "What?", "pruning": PRUNED, "max_new_tokens": 8, "questions": lambda kept: [ASK]}
 
     plain, static = (
-        open_folder(ModelSettings(device="cpu", compile=compiled), folder).read(images, **values)  # type: ignore[arg-type]
+        open_folder(ModelSettings(device="cpu", compile=compiled), folder).read(Reading(images, **values))  # type: ignore[arg-type]
         for compiled in (False, True)
     )
 

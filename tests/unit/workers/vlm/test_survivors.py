@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from service.shared.settings import ModelSettings, PruningSettings
 from tests.tiny_models import write_qwen3_vl, write_video_llama3
 from workers.demo_model.random_weights import write as write_gemma3
-from workers.vlm import Generation
+from workers.vlm import Generation, Reading
 from workers.vlm import host as host_module
 from workers.vlm.folder import open_folder
 from workers.vlm.host import Host
@@ -43,7 +43,7 @@ def same(one: Generation, other: Generation) -> bool:
 
 
 def read(model: Host, stack: NDArray[np.uint8], cache: Path | None, prompt: str = "What?") -> Generation:
-    return model.read(stack, prompt, PRUNED, max_new_tokens=6, cache=cache)
+    return model.read(Reading(stack, prompt, PRUNED, max_new_tokens=6, cache=cache))
 
 
 def no_tower(*_: object) -> None:

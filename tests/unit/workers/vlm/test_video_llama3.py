@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from service.shared.settings import ConfigurationError, ModelSettings, PruningSettings
 from tests.tiny_models import write_hulu_med, write_video_llama3
 from workers.pruning.slices import keep_all
+from workers.vlm import Reading
+from workers.vlm.assemble import prune
 from workers.vlm.decoding import greedy
 from workers.vlm.folder import open_folder
-from workers.vlm.host import Host, choose_tokens, prune
+from workers.vlm.host import Host
 from workers.vlm.prompt import DroppedSlices
+from workers.vlm.stages import choose_tokens
 from workers.vlm.video_llama3 import VideoLlama3, stock_config
 
 OFF = PruningSettings.model_validate({"method": "off"})
@@ -48,7 +51,7 @@ def test_hulu_med_folder_is_the_same_model(stock: Host, hulu_med: Host) -> None:
 
 def test_hulu_med_reads_what_the_stock_folder_reads(stock: Host, hulu_med: Host) -> None:
     """The same slices give the same masks and the same text through either folder."""
-    one, other = (host.read(images(4), "Why?", PRUNED, max_new_tokens=6) for host in (stock, hulu_med))
+    one, other = (host.read(Reading(images(4), "Why?", PRUNED, max_new_tokens=6)) for host in (stock, hulu_med))
 
     assert one.text == other.text
     assert np.array_equal(one.tokens, other.tokens)
@@ -83,7 +86,7 @@ def test_dropped_frames_are_not_in_the_video(stock: Host) -> None:
     stack = images(4)
     stack[1] = stack[0]
 
-    generation = stock.read(stack, "Why?", PRUNED, max_new_tokens=3)
+    generation = stock.read(Reading(stack, "Why?", PRUNED, max_new_tokens=3))
 
     assert generation.inputs_kept.tolist() == [True, False, True, True]
     assert generation.counts.tokens_kept + generation.counts.tokens_merged == 3 * 42
@@ -98,8 +101,8 @@ def test_batch_of_studies_equals_single_ones(stock: Host) -> None:
             encoded = stock.encode(prepared, keep_all(count).kept, stock.groups(prepared), scored=True)
             asked = stock.ask("Why?", prepared, keep_all(count), DroppedSlices.OMIT)
             prompts.append(prune(asked, stock.placeholder, choose_tokens(encoded, PRUNED), ()))
-        together = stock.decode(prompts, 8).tokens
-        alone = [stock.decode([prompt], 8).tokens[0] for prompt in prompts]
+        together = stock.decode(prompts, [8] * len(prompts)).tokens
+        alone = [stock.decode([prompt], [8]).tokens[0] for prompt in prompts]
 
     assert [tokens.tolist() for tokens in together] == [tokens.tolist() for tokens in alone]
 
