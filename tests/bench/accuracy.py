@@ -1,8 +1,10 @@
 """How right are the reports, by finding, method, gamma and tau; what was kept; what it cost?
 
-Phantoms (the default) are read by the bundled model or by --model; each is rendered and seen by the tower once, then
-read under every setting, so that differences between settings are paired. A run that is stopped goes on where it was:
-every answer is a line in --out. Real studies: --studies DIR (a folder per study) with --labels FILE, JSON:
+Phantoms (the default) are read by the bundled model or by --model, in as many processes as there are cores; each is
+rendered and seen by the tower once, then read under every setting, so that differences between settings are paired. A
+run that is stopped, killed too, goes on where it was: every answer is a line in --out.
+
+Real studies: --studies DIR (a folder per study) with --labels FILE, JSON:
 {"study folder": {"findings": {"nodule": true, "effusion": false}, "report": "reference text"}}, either or both.
 """
 
@@ -10,9 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from time import monotonic
@@ -22,10 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.shared.settings import ModelSettings, PruningMethod, PruningSettings, ReportSettings
+from tests.bench.accuracy_record import record
 from workers.demo_model.accuracy import SMALLEST_CLAIMED_MM, Accuracy, Pair, Rate, accuracy_of, table
 from workers.demo_model.assemble import WEIGHTS
-from workers.demo_model.evaluate import HELD_OUT_SEEDS, PROTOCOLS, Reading, Study, look, read_together, study_of
-from workers.demo_model.folder import MARK
+from workers.demo_model.evaluate import HELD_OUT_SEEDS, PROTOCOLS, Reading, look, read_together, study_of
 from workers.demo_model.labels import Labels
 from workers.demo_model.phantom import labels_at
 from workers.demo_model.report_text import read
@@ -34,6 +40,7 @@ OUT = Path("var/bench/accuracy")
 TOGETHER = 8  # studies in one batch of the language model
 SIZES_MM = ((4, 6), (6, 8), (8, 12), (12, 20), (20, 31))
 RESAMPLES = 2000
+GRID = {"gamma": [0.05], "tau": [0.9], "budget": [0.5]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,15 @@ def settings_of(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One study read under one setting. thin_slices: of the same phantom's thin series."""
+
+    setting: str
+    thin_slices: int
+    reading: Reading
+
+
 class Answers:
     """Readings of one run, a line each in a file, so that a run goes on where it was stopped."""
 
@@ -72,42 +88,112 @@ class Answers:
         self.path = path
         self.known: dict[tuple[int, str], Reading] = {}
         self.studies: dict[int, int] = {}  # seed -> slices of the thin series
-        if path.exists():
-            for line in path.read_text().splitlines():
-                stored = json.loads(line)
-                if stored.pop("model") != identity:
-                    raise SystemExit(f"{path} holds answers of another model; choose another --out or remove it")
-                name, thin = stored.pop("setting"), stored.pop("thin_slices")
-                self.known[stored["seed"], name] = Reading(**stored)
-                self.studies[stored["seed"]] = thin
         self.identity = identity
+        if not path.exists():
+            return
+        written = path.read_bytes()
+        whole = written[: written.rfind(b"\n") + 1]
+        if whole != written:  # killed while it wrote the last line
+            os.truncate(path, len(whole))
+        for line in whole.splitlines():
+            stored = json.loads(line)
+            if stored.pop("model") != identity:
+                raise SystemExit(f"{path} holds answers of another model; choose another --out or remove it")
+            self._keep(Answer(stored.pop("setting"), stored.pop("thin_slices"), Reading(**stored)))
 
-    def add(self, setting: Setting, study: Study, reading: Reading) -> None:
-        line = asdict(reading) | {"setting": setting.name, "thin_slices": study.thin_slices, "model": self.identity}
+    def _keep(self, answer: Answer) -> None:
+        self.known[answer.reading.seed, answer.setting] = answer.reading
+        self.studies[answer.reading.seed] = answer.thin_slices
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """What is already known stays as it was first said."""
+        new = [one for one in answers if (one.reading.seed, one.setting) not in self.known]
         with self.path.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
-        self.known[reading.seed, setting.name] = reading
-        self.studies[reading.seed] = study.thin_slices
+            for one in new:
+                line = asdict(one.reading) | {"setting": one.setting, "thin_slices": one.thin_slices}
+                stream.write(json.dumps(line | {"model": self.identity}) + "\n")
+        for one in new:
+            self._keep(one)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Some studies, read together under each of these settings by this model in this process."""
+
+    seeds: tuple[int, ...]
+    settings: tuple[Setting, ...]
+    protocol: str
+
+
+def tasks_of(seeds: Sequence[int], settings: Sequence[Setting], protocol: str, answers: Answers) -> list[Task]:
+    """What is not yet answered; studies that lack the same settings go together."""
+    lacking: dict[tuple[Setting, ...], list[int]] = {}
+    for seed in seeds:
+        open_ = tuple(one for one in settings if (seed, one.name) not in answers.known)
+        if open_:
+            lacking.setdefault(open_, []).append(seed)
+    return [
+        Task(tuple(some[first : first + TOGETHER]), wanted, protocol)
+        for wanted, some in lacking.items()
+        for first in range(0, len(some), TOGETHER)
+    ]
+
+
+def read_task(host: Any, task: Task) -> list[Answer]:
+    seen = [look(host, study_of(seed, PROTOCOLS[task.protocol])) for seed in task.seeds]
+    return [
+        Answer(setting.name, one.study.thin_slices, reading)
+        for setting in task.settings
+        for one, reading in zip(seen, read_together(host, seen, ReportSettings().prompt, setting.pruning), strict=True)
+    ]
+
+
+_HOSTS: list[Any] = []  # the one model of a process of the pool
+
+
+def open_host(folder: Path | None) -> Any:
+    from workers.vlm import open_model
+
+    return open_model(ModelSettings(threads=1, max_new_tokens=128), folder)
+
+
+def _begin(folder: Path | None) -> None:
+    _HOSTS.append(open_host(folder))
+
+
+def _read_in_pool(task: Task) -> list[Answer]:
+    return read_task(_HOSTS[0], task)
+
+
+@contextmanager
+def readers(host: Any, folder: Path | None, processes: int) -> Iterator[Callable[[list[Task]], Iterator[list[Answer]]]]:
+    """A way to read tasks, whose answers come as they are ready: in this process or in several."""
+    if processes == 1:
+        yield lambda tasks: (read_task(host, task) for task in tasks)
+        return
+    with ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(folder,)
+    ) as pool:
+        try:
+            yield lambda tasks: (done.result() for done in as_completed([pool.submit(_read_in_pool, t) for t in tasks]))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def run(
-    host: Any, seeds: range, settings: Sequence[Setting], protocol: str, answers: Answers, say: Callable[[str], Any]
+    read_all: Callable[[list[Task]], Iterator[list[Answer]]],
+    tasks: list[Task],
+    answers: Answers,
+    say: Callable[[str], Any],
 ) -> None:
-    """Read what is not yet answered."""
-    prompt = ReportSettings().prompt
-    missing = [seed for seed in seeds if any((seed, one.name) not in answers.known for one in settings)]
-    begun, done = monotonic(), 0
-    for first in range(0, len(missing), TOGETHER):
-        some = missing[first : first + TOGETHER]
-        seen = [look(host, study_of(seed, PROTOCOLS[protocol])) for seed in some]
-        for setting in settings:
-            readings = read_together(host, seen, prompt, setting.pruning)
-            for one, reading in zip(seen, readings, strict=True):
-                if (reading.seed, setting.name) not in answers.known:
-                    answers.add(setting, one.study, reading)
-        done += len(some)
-        left = (monotonic() - begun) / done * (len(missing) - done)
-        say(f"{len(seeds) - len(missing) + done} of {len(seeds)} studies, about {left / 60:.0f} min left\n")
+    """Read what is not yet answered, and write each answer down at once."""
+    begun, done, wanted = monotonic(), 0, sum(len(task.seeds) for task in tasks)
+    for some in read_all(tasks):
+        answers.add(some)
+        done += len({one.reading.seed for one in some})
+        each = (monotonic() - begun) / done
+        left = f"about {each * (wanted - done) / 60:.0f} min left"
+        say(f"{done} of {wanted} studies, {each:.2f} s each, {left}\n")
 
 
 Outcome = NDArray[np.bool_]  # (studies, 3): does it count, is it there, was it said
@@ -236,20 +322,6 @@ def survivors(found: Sequence[Reading], truths: dict[int, Labels]) -> list[Rate]
     return result
 
 
-def measured(accuracy: Accuracy, seeds: Sequence[int]) -> dict[str, Any]:
-    """What a report may quote of the weights: rates with their 95 % intervals, unpruned."""
-
-    def rate(found: Rate) -> list[float]:
-        return [round(value, 3) for value in (found.value, *found.interval)]
-
-    return {
-        "on": f"{accuracy.studies} computed phantoms of seeds {seeds[0]} to {seeds[-1]}, unpruned",
-        "sensitivity": {name: rate(found.sensitivity) for name, found in accuracy.detections.items()},
-        "precision": {name: rate(found.precision) for name, found in accuracy.detections.items()},
-        "sensitivity_by_nodule_diameter": {name: rate(found) for name, found in accuracy.sensitivity_by_size.items()},
-    }
-
-
 def plot(rows: Sequence[tuple[str, float, Accuracy]], path: Path, title: str) -> None:
     """F1 per finding over the share of tokens kept."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -271,6 +343,16 @@ def plot(rows: Sequence[tuple[str, float, Accuracy]], path: Path, title: str) ->
     FigureCanvasAgg(figure).print_png(str(path))
 
 
+def _command(options: argparse.Namespace) -> str:
+    """The run as somebody else would repeat it."""
+    grid = "".join(
+        f" --{name} {','.join(f'{value:g}' for value in given)}"
+        for name, default in GRID.items()
+        if (given := getattr(options, name)) != default
+    )
+    return f"./run bench accuracy --seeds {options.seeds} --methods {options.methods}{grid} --record"
+
+
 def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
@@ -279,16 +361,21 @@ def main(arguments: list[str] | None = None, say: Callable[[str], Any] = sys.std
     parser = argparse.ArgumentParser(prog="bench accuracy", description=__doc__)
     parser.add_argument("--seeds", default="0-99", help="first-last of the phantoms (default %(default)s)")
     parser.add_argument("--methods", default="off,medpruner,guarded")
-    parser.add_argument("--gamma", type=numbers, default=[0.05], help="of medpruner, comma-separated")
-    parser.add_argument("--tau", type=numbers, default=[0.9], help="of medpruner and guarded, comma-separated")
-    parser.add_argument("--budget", type=numbers, default=[0.5], help="of guarded: share of the input's tokens")
+    parser.add_argument("--gamma", type=numbers, default=GRID["gamma"], help="of medpruner, comma-separated")
+    parser.add_argument("--tau", type=numbers, default=GRID["tau"], help="of medpruner and guarded, comma-separated")
+    parser.add_argument(
+        "--budget", type=numbers, default=GRID["budget"], help="of guarded: share of the input's tokens"
+    )
     parser.add_argument("--protocol", choices=sorted(PROTOCOLS), default="slabs")
     parser.add_argument("--model", type=Path, help="a model folder; without it the bundled demonstration model")
     parser.add_argument("--studies", type=Path, help="real studies instead of phantoms, a folder each")
     parser.add_argument("--labels", type=Path, help="what is known of them, JSON")
     parser.add_argument("--out", type=Path, default=OUT, help="where answers, table and plot go (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="(default %(default)s)")
     parser.add_argument(
-        "--record", action="store_true", help="write the unpruned rates into the weights' medpruner.json"
+        "--record",
+        action="store_true",
+        help="write what was measured, and the limitations that follow, into the weights' medpruner.json and card",
     )
     options = parser.parse_args(arguments)
     settings = settings_of(options.methods.split(","), options.gamma, options.tau, options.budget)
@@ -308,17 +395,15 @@ def main(arguments: list[str] | None = None, say: Callable[[str], Any] = sys.std
     seeds = range(first, last + 1)
     if first > last or last not in HELD_OUT_SEEDS:
         parser.error(f"--seeds: {options.seeds}: first-last, below {HELD_OUT_SEEDS.stop}; others were trained on")
-    from workers.vlm import open_model
-
-    host: Any = open_model(ModelSettings(threads=1, max_new_tokens=128), options.model)
+    host = open_host(options.model)
     answers = Answers(options.out / f"answers-{options.protocol}.jsonl", host.identity.weights_sha256)
-    run(host, seeds, settings, options.protocol, answers, say)
+    tasks = tasks_of(seeds, settings, options.protocol, answers)
+    with readers(host, options.model, min(options.processes, max(1, len(tasks)))) as read_all:
+        run(read_all, tasks, answers, say)
     text, rows = report(answers, seeds, settings, {seed: labels_at(seed) for seed in seeds})
     (options.out / "table.md").write_text(text)
     if options.record:
-        mark = (options.model or WEIGHTS) / MARK
-        known = json.loads(mark.read_text())
-        mark.write_text(json.dumps(known | {"measured": measured(rows[0][2], seeds)}, indent=2) + "\n")
+        record(options.model or WEIGHTS, rows[0][2], seeds, text, _command(options))
     plot(rows, options.out / "plot.png", f"{len(seeds)} phantoms, seeds {options.seeds}")
     say(text + f"\nWritten: {options.out / 'table.md'}, {options.out / 'plot.png'}\n")
     return 0

@@ -10,10 +10,14 @@ import torch
 
 from service.shared.messages import FindingName
 from service.shared.settings import PruningSettings
-from tests.bench.accuracy import main, outcomes, paired, settings_of
+from tests.bench import accuracy
+from tests.bench.accuracy import Answers, main, outcomes, paired, settings_of, tasks_of
+from tests.bench.accuracy_record import CARD, limitations, with_tables
 from tests.bench.real_studies import compare, references, rouge_l
 from tests.running import PROJECT
+from workers.demo_model.accuracy import accuracy_of
 from workers.demo_model.anatomy import Side
+from workers.demo_model.assemble import WEIGHTS
 from workers.demo_model.findings import Extent
 from workers.demo_model.folder import MARK, new_model, write_folder
 from workers.demo_model.labels import EffusionLabel, Labels
@@ -74,29 +78,84 @@ def test_an_unknown_finding_is_named(tmp_path: Path) -> None:
 
 
 def test_phantoms_are_read_and_a_second_run_reads_none_again(folder: Path, tmp_path: Path) -> None:
-    """Table and plot are written; every answer is kept, so that a stopped run goes on."""
+    """Table and plot are written; every answer is kept, so that a stopped run goes on where it was torn off."""
     said: list[str] = []
-    arguments = [
-        "--model",
-        str(folder),
-        "--seeds",
-        "3-4",
-        "--methods",
-        "off,guarded",
-        "--record",
-        "--out",
-        str(tmp_path),
+    (folder / CARD).write_text((WEIGHTS / CARD).read_text())
+    arguments = ["--model", str(folder), "--seeds", "3-4", "--methods", "off,guarded", "--record"]
+    arguments += ["--processes", "1", "--out", str(tmp_path)]
+    answers = tmp_path / "answers-slabs.jsonl"
+    assert main(arguments, said.append) == 0
+    stored = answers.read_text()
+    answers.write_text(stored[:-40])
+    assert main(arguments, said.append) == 0
+    assert [json.loads(line)["text"] for line in answers.read_text().splitlines()] == [
+        json.loads(line)["text"] for line in stored.splitlines()
     ]
-    assert main(arguments, said.append) == 0
-    stored = (tmp_path / "answers-slabs.jsonl").read_text()
-    assert main(arguments, said.append) == 0
-    assert (tmp_path / "answers-slabs.jsonl").read_text() == stored
     assert len(stored.splitlines()) == 4
+    assert "1 of 1 studies" in "".join(said)
     assert "| guarded budget 0.5 tau 0.9 | effusion |" in (tmp_path / "table.md").read_text()
-    recorded = json.loads((folder / MARK).read_text())["measured"]
-    assert recorded["on"].startswith("2 computed phantoms")
-    assert set(recorded["sensitivity"]) == set(recorded["precision"]) >= {"effusion", "not supported"}
+    recorded = json.loads((folder / MARK).read_text())
+    assert recorded["measured"]["on"].startswith("2 computed phantoms")
+    assert set(recorded["measured"]["sensitivity"]) == set(recorded["measured"]["precision"])
+    assert "On 2 computed phantoms" in recorded["limitations"][0]
+    assert "--seeds 3-4 --methods off,guarded --record`" in (folder / CARD).read_text()
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_processes_give_the_answers_of_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which process read a study does not show in what was said."""
+    monkeypatch.setattr(accuracy, "TOGETHER", 1)
+    said = []
+    for processes in ("1", "2"):
+        out = tmp_path / processes
+        arguments = ["--model", str(folder), "--seeds", "3-4", "--methods", "off", "--processes", processes]
+        assert main([*arguments, "--out", str(out)], lambda _: None) == 0
+        stored = [json.loads(line) for line in (out / "answers-slabs.jsonl").read_text().splitlines()]
+        said.append({one["seed"]: one["text"] for one in stored})
+    assert said[0] == said[1]
+    assert sorted(said[0]) == [3, 4]
+
+
+def test_only_settings_that_lack_an_answer_are_read(tmp_path: Path) -> None:
+    """A method added later reads the studies again for itself alone."""
+    answers = Answers(tmp_path / "answers.jsonl", "model")
+    both = settings_of(("off", "guarded"), (), (0.9,), (0.5,))
+    answers.known = dict.fromkeys([(seed, "off") for seed in range(10)])  # type: ignore[assignment]
+
+    tasks = tasks_of(range(12), both, "slabs", answers)
+
+    assert [(task.seeds, [one.name for one in task.settings]) for task in tasks] == [
+        (tuple(range(8)), ["guarded budget 0.5 tau 0.9"]),
+        ((8, 9), ["guarded budget 0.5 tau 0.9"]),
+        ((10, 11), ["off", "guarded budget 0.5 tau 0.9"]),
+    ]
+
+
+def test_answers_of_other_weights_are_never_mixed_in(folder: Path, tmp_path: Path) -> None:
+    """The run stops and names the file."""
+    (tmp_path / "answers-slabs.jsonl").write_text('{"model": "another"}\n')
+    with pytest.raises(SystemExit, match=r"answers-slabs\.jsonl holds answers of another model"):
+        main(["--model", str(folder), "--seeds", "3-4", "--out", str(tmp_path)], lambda _: None)
+
+
+def test_the_card_keeps_what_was_not_measured() -> None:
+    """Only the part on accuracy is written anew; a card without one is refused rather than guessed at."""
+    card = "# Card\n\n## Accuracy on held-out phantoms\n\nold\n\n## Known faults\n\nMany.\n"
+    written = with_tables(card, "| a |", "./run it")
+    assert "old" not in written
+    assert "./run it" in written
+    assert written.endswith("| a |\n\n## Known faults\n\nMany.\n")
+    with pytest.raises(SystemExit, match="no heading"):
+        with_tables("# Card\n", "| a |", "./run it")
+
+
+def test_limitations_say_what_was_missed() -> None:
+    """Numbers with intervals; what was never there to be found has no number."""
+    first, second, _ = limitations(accuracy_of([(WET, WET)] * 3 + [(WET, Labels())]))
+    assert "an unknown share of nodules" in first
+    assert "75 % (95 % interval 30-95 %) of pleural effusions" in second
 
 
 def test_seeds_of_the_training_are_refused(folder: Path, tmp_path: Path) -> None:
