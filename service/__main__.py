@@ -94,6 +94,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="JSON for other program
 TIMES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S"]
 SinceOption = Annotated[datetime | None, typer.Option("--since", formats=TIMES, help="Only from this time on (UTC).")]
 
+UntilOption = Annotated[datetime | None, typer.Option("--until", formats=TIMES, help="Only before this time (UTC).")]
+
 
 class Role(StrEnum):
     RECEIVE = "receive"  # associations -> spool
@@ -308,15 +310,30 @@ def history_command(
         str | None, typer.Option(help="Only studies, newest analyses or deliveries in this state.")
     ] = None,
     since: SinceOption = None,
+    until: UntilOption = None,
     sender: Annotated[str | None, typer.Option(help="Only from this calling AE title.")] = None,
     accession: Annotated[str | None, typer.Option(help="Only this accession number.")] = None,
+    patient: Annotated[str | None, typer.Option(help="Only this patient ID.")] = None,
+    route: Annotated[str | None, typer.Option(help="Only what this [[route]] took.")] = None,
+    destination: Annotated[str | None, typer.Option(help="Only what goes or went to this [[destination]].")] = None,
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV for a spreadsheet, instead of a table.")] = False,
 ) -> None:
     """The newest studies with what became of them."""
     settings = _load(config)
     with _reading(settings, read_only=True)() as session:
-        rows = history.recent(session, limit=limit, state=state, since=_utc(since), sender=sender, accession=accession)
+        rows = history.recent(
+            session,
+            limit=limit,
+            state=state,
+            since=_utc(since),
+            until=_utc(until),
+            sender=sender,
+            accession=accession,
+            patient_id=patient,
+            route=route,
+            destination=destination,
+        )
     if as_csv:
         printing.print_history_csv(sys.stdout, rows)
     elif as_json:

@@ -297,6 +297,8 @@ def _take_one(
             peer_address=receipt.peer_address,
         )
     )
+    study.instances += 1
+    study.size_bytes += receipt.size_bytes
     session.flush()
     if own:
         return AuditKind.RESULT_RETURNED
@@ -318,6 +320,8 @@ def _study(session: Session, receipt: Receipt, now: datetime, *, held: bool) -> 
             calling_ae=receipt.calling_ae,
             held=False,
             patient_mismatch=False,
+            instances=0,
+            size_bytes=0,
         )
         session.add(study)
         session.flush()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, select
@@ -29,6 +30,9 @@ from service.shared.settings import DestinationSettings
 
 Row = dict[str, Any]
 
+LAST_DAY = timedelta(days=1)
+OPEN = (AnalysisState.QUEUED, AnalysisState.RUNNING, AnalysisState.READ)
+UNDELIVERED = (DeliveryState.PENDING, DeliveryState.REJECTED)
 MOST_DIGITS = 18  # of a row id: what BIGINT holds
 
 
@@ -37,9 +41,12 @@ class NotFound(Exception):
 
 
 def status(session: Session, destinations: Sequence[DestinationSettings], now: datetime) -> Row:
-    """Counts by state, the oldest unfinished work, and every destination with what waits for it."""
-    open_analyses = (AnalysisState.QUEUED, AnalysisState.RUNNING, AnalysisState.READ)
-    oldest = session.scalar(select(func.min(Analysis.queued_at)).where(Analysis.state.in_(open_analyses)))
+    """Everything that is not finished, what finished within the last day, and every destination with what waits for it.
+
+    What ended longer ago is not counted: `stats` does, and /metrics.
+    """
+    since = now - LAST_DAY
+    oldest = session.scalar(select(func.min(Analysis.queued_at)).where(Analysis.state.in_(OPEN)))
     waiting = dict(
         session.execute(
             select(Delivery.destination, func.count())
@@ -50,11 +57,14 @@ def status(session: Session, destinations: Sequence[DestinationSettings], now: d
     behind = chain.lag(session)
     paused = set(session.scalars(select(Destination.name).where(Destination.paused.is_(True))))
     return {
-        "studies": _counts(session, Study.state, StudyState),
+        "since": since,
+        "studies": _counts(session, Study, (StudyState.RECEIVING,), Study.last_image_at >= since),
         "studies_held": session.scalar(select(func.count()).select_from(Study).where(Study.held)),
-        "instances": session.scalar(select(func.count()).select_from(Instance)),
-        "analyses": _counts(session, Analysis.state, AnalysisState),
-        "deliveries": _counts(session, Delivery.state, DeliveryState),
+        "instances": session.scalar(
+            select(func.coalesce(func.sum(Study.instances), 0)).where(Study.last_image_at >= since)
+        ),
+        "analyses": _counts(session, Analysis, (*OPEN, AnalysisState.FAILED), Analysis.queued_at >= since),
+        "deliveries": _counts(session, Delivery, UNDELIVERED, Delivery.delivered_at >= since),
         "oldest_unfinished_s": _age_s(oldest, now),
         "audit": {
             "chained": behind.chained,
@@ -84,12 +94,17 @@ def recent(
     limit: int,
     state: str | None = None,
     since: datetime | None = None,
+    until: datetime | None = None,
     sender: str | None = None,
     accession: str | None = None,
+    patient_id: str | None = None,
+    route: str | None = None,
+    destination: str | None = None,
 ) -> list[Row]:
     """Studies by their first instance, newest first, each with its newest analysis and undelivered results.
 
-    state: of the study, of its newest analysis or of a delivery. sender: calling AE title of its last image.
+    state: of the study, of its newest analysis or of a delivery. since, until: of its first instance, `until` itself
+    left out. sender: calling AE title of its last image. route, destination: of any of its analyses and deliveries.
     """
     newest = select(func.max(Analysis.id)).where(Analysis.study_id == Study.id).correlate(Study).scalar_subquery()
     query = (
@@ -103,13 +118,20 @@ def recent(
         query = query.where(_in_state(state))
     if since:
         query = query.where(Study.first_received_at >= since)
+    if until:
+        query = query.where(Study.first_received_at < until)
     if sender:
         query = query.where(Study.calling_ae == sender)
+    if patient_id:
+        query = query.where(StudyHeader.patient_id == patient_id)
+    if route:
+        query = query.where(taken_by(route))
+    if destination:
+        query = query.where(sent_to(destination))
     if accession:
         query = query.where(StudyHeader.accession_number == accession)
     found = session.execute(query).all()
     ids = [study.id for study, _, _ in found]
-    instances = _instances(session, ids)
     deliveries = _deliveries(session, ids)
     return [
         {
@@ -119,7 +141,7 @@ def recent(
             "patient_id": header.patient_id if header else None,
             "received_at": study.first_received_at,
             "from": study.calling_ae,
-            "instances": instances.get(study.id, 0),
+            "instances": study.instances,
             "revision": study.revision,
             "study_state": study.state.value,
             "held": study.held,
@@ -131,6 +153,21 @@ def recent(
         }
         for study, header, analysis in found
     ]
+
+
+def taken_by(route: str) -> ColumnElement[bool]:
+    """Any analysis of the study is of this route."""
+    return Study.id.in_(select(Analysis.study_id).where(Analysis.route == route))
+
+
+def sent_to(destination: str) -> ColumnElement[bool]:
+    """Any result of the study goes, went or was to go to this destination."""
+    return Study.id.in_(
+        select(Analysis.study_id)
+        .join(Result, Result.analysis_id == Analysis.id)
+        .join(Delivery, Delivery.result_id == Result.id)
+        .where(Delivery.destination == destination)
+    )
 
 
 def _in_state(state: str) -> ColumnElement[bool]:
@@ -225,15 +262,14 @@ def _age_s(since: datetime | None, now: datetime) -> int | None:
     return None if since is None else max(0, round((now - since).total_seconds()))
 
 
-def _counts(session: Session, column: Any, states: Any) -> dict[str, int]:
-    present: dict[Any, int] = dict(session.execute(select(column, func.count()).group_by(column)).all())
+def _counts(session: Session, table: Any, standing: Sequence[StrEnum], recent: ColumnElement[bool]) -> dict[str, int]:
+    """By state: all rows in a standing one, the recent ones of the others."""
+    states = list(table.state.type.enum_class)
+    ended = [state for state in states if state not in standing]
+    query = select(table.state, func.count()).group_by(table.state)
+    present: dict[Any, int] = dict(session.execute(query.where(table.state.in_(standing))).all())
+    present |= dict(session.execute(query.where(table.state.in_(ended), recent)).all())
     return {state.value: present.get(state, 0) for state in states}
-
-
-def _instances(session: Session, ids: Sequence[int]) -> dict[int, int]:
-    query = select(Instance.study_id, func.count()).where(Instance.study_id.in_(ids)).group_by(Instance.study_id)
-    counted: dict[int, int] = dict(session.execute(query).all())
-    return counted
 
 
 def _deliveries(session: Session, ids: Sequence[int]) -> dict[int, dict[str, int]]:

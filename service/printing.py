@@ -82,7 +82,8 @@ def print_alerts(console: Console, alerts: list[Row]) -> None:
 
 
 def print_status(console: Console, status: Row) -> None:
-    table = Table(title="medpruner-pacs", title_justify="left", show_header=False)
+    title = "medpruner-pacs: what is open, and what ended within the last day"
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_row("studies", _state_counts(status["studies"], held=status["studies_held"]))
     table.add_row("instances", str(status["instances"]))
     table.add_row("analyses", _state_counts(status["analyses"]))
@@ -176,7 +177,7 @@ def print_history(console: Console, rows: list[Row]) -> None:
         )
     console.print(table)
     if not rows:
-        console.print("Nothing received yet. `./run echo` tests the receiver, `./run send DIR` sends it a study.")
+        console.print("No study fits. `./run echo` tests the receiver, `./run send DIR` sends it a study.")
 
 
 def print_study(console: Console, story: Row) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from statistics import median
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
-from service.shared.db import Analysis, AnalysisState, Delivery, DeliveryState, Instance, Result, Study
+from service.shared.db import Analysis, AnalysisState, Delivery, DeliveryState, Result, Study
 
 Row = dict[str, Any]
 SAMPLE = 5_000  # the newest finished analyses that durations and ratios are taken from
@@ -18,14 +19,24 @@ SAMPLE = 5_000  # the newest finished analyses that durations and ratios are tak
 
 def stats(session: Session, *, since: datetime | None = None, sender: str | None = None) -> Row:
     """Counts, percentiles and ratios of what was received since then (and from that calling AE title)."""
-    studies = select(Study.id)
+    which: list[ColumnElement[bool]] = []
     if since is not None:
-        studies = studies.where(Study.first_received_at >= since)
+        which.append(Study.first_received_at >= since)
     if sender is not None:
-        studies = studies.where(Study.calling_ae == sender)
+        which.append(Study.calling_ae == sender)
     received = session.execute(
-        select(func.count(), func.coalesce(func.sum(Instance.size_bytes), 0)).where(Instance.study_id.in_(studies))
+        select(
+            func.count().label("studies"),
+            func.coalesce(func.sum(Study.instances), 0).label("instances"),
+            func.coalesce(func.sum(Study.size_bytes), 0).label("bytes"),
+        ).where(*which)
     ).one()
+    ended = session.execute(
+        select(Analysis.state, Analysis.reason_code, Analysis.route, func.count().label("analyses"))
+        .join(Study, Study.id == Analysis.study_id)
+        .where(*which)
+        .group_by(Analysis.state, Analysis.reason_code, Analysis.route)
+    ).all()
     finished = session.execute(
         select(
             Analysis.route,
@@ -35,7 +46,8 @@ def stats(session: Session, *, since: datetime | None = None, sender: str | None
             Analysis.counts,
             Analysis.timings_s,
         )
-        .where(Analysis.study_id.in_(studies), Analysis.state.in_((AnalysisState.READ, AnalysisState.DONE)))
+        .join(Study, Study.id == Analysis.study_id)
+        .where(*which, Analysis.state.in_((AnalysisState.READ, AnalysisState.DONE)))
         .order_by(Analysis.id.desc())
         .limit(SAMPLE)
     ).all()
@@ -44,7 +56,7 @@ def stats(session: Session, *, since: datetime | None = None, sender: str | None
         .join(Analysis, Analysis.study_id == Study.id)
         .join(Result, Result.analysis_id == Analysis.id)
         .join(Delivery, Delivery.result_id == Result.id)
-        .where(Study.id.in_(studies), Delivery.delivered_at.is_not(None), Analysis.revision == Study.revision)
+        .where(*which, Delivery.delivered_at.is_not(None), Analysis.revision == Study.revision)
         .order_by(Delivery.id.desc())
         .limit(SAMPLE)
     ).all()
@@ -54,15 +66,13 @@ def stats(session: Session, *, since: datetime | None = None, sender: str | None
             steps.setdefault(step, []).append(float(seconds))
     counts = [row.counts for row in finished if row.counts]
     return {
-        "studies": session.scalar(select(func.count()).select_from(studies.subquery())),
-        "instances": received[0],
-        "bytes": int(received[1]),
-        "analyses": _by(session, Analysis.state, Analysis.study_id.in_(studies)),
-        "reasons": _by(
-            session, Analysis.reason_code, Analysis.study_id.in_(studies), Analysis.reason_code.is_not(None)
-        ),
-        "routes": _by(session, Analysis.route, Analysis.study_id.in_(studies)),
-        "deliveries": _deliveries(session, studies),
+        "studies": received.studies,
+        "instances": int(received.instances),
+        "bytes": int(received.bytes),
+        "analyses": _by(ended, "state"),
+        "reasons": _by(ended, "reason_code"),
+        "routes": _by(ended, "route"),
+        "deliveries": _deliveries(session, which),
         "waited_s": _spread([_seconds(row.queued_at, row.started_at) for row in finished if row.started_at]),
         "read_s": _spread([_seconds(row.started_at, row.finished_at) for row in finished if row.started_at]),
         "complete_to_delivered_s": _spread(
@@ -74,18 +84,24 @@ def stats(session: Session, *, since: datetime | None = None, sender: str | None
     }
 
 
-def _by(session: Session, column: Any, *where: Any) -> dict[str, int]:
-    rows = session.execute(select(column, func.count()).where(*where).group_by(column).order_by(column)).all()
-    return {str(value.value if hasattr(value, "value") else value): count for value, count in rows}
+def _by(ended: Sequence[Any], column: str) -> dict[str, int]:
+    """How many analyses with each value of the column; those without one are left out."""
+    counts: Counter[str] = Counter()
+    for row in ended:
+        value = getattr(row, column)
+        if value is not None:
+            counts[str(value)] += row.analyses
+    return dict(sorted(counts.items()))
 
 
-def _deliveries(session: Session, studies: Any) -> dict[str, dict[str, int]]:
+def _deliveries(session: Session, which: Sequence[ColumnElement[bool]]) -> dict[str, dict[str, int]]:
     """By destination: how many in each state."""
     rows = session.execute(
         select(Delivery.destination, Delivery.state, func.count())
         .join(Result, Result.id == Delivery.result_id)
         .join(Analysis, Analysis.id == Result.analysis_id)
-        .where(Analysis.study_id.in_(studies))
+        .join(Study, Study.id == Analysis.study_id)
+        .where(*which)
         .group_by(Delivery.destination, Delivery.state)
         .order_by(Delivery.destination)
     ).all()

@@ -125,6 +125,9 @@ def add_instance(sessions: sessionmaker[Session], study_id: int, number: int = 1
     with sessions.begin() as session:
         instance = Instance(**(fields | changes))
         session.add(instance)
+        study = session.get_one(Study, study_id)
+        study.instances += 1
+        study.size_bytes += instance.size_bytes
         session.flush()
         return instance.id
 

@@ -141,6 +141,8 @@ class Study(Base):
     calling_ae: Mapped[str] = mapped_column(String(16))  # of the last image instance
     held: Mapped[bool]  # rebuilt from the spool: nothing is analysed or sent again without a command
     patient_mismatch: Mapped[bool]  # conflicting patient identifiers arrived under this Study Instance UID
+    instances: Mapped[int] = mapped_column(default=0, server_default="0")  # rows of Instance; ingest counts both
+    size_bytes: Mapped[int] = mapped_column(BigInteger(), default=0, server_default="0")  # of all of them
 
     __table_args__ = (
         Index(None, "state", "last_image_at"),
@@ -236,6 +238,7 @@ class Analysis(Base):
         UniqueConstraint("study_id", "revision", "route", "run_number"),
         Index(None, "state", "queued_at"),
         Index(None, "state", "study_id"),
+        Index(None, "route", "study_id"),
     )
 
 
@@ -319,6 +322,8 @@ class Delivery(Base):
         UniqueConstraint("result_id", "destination"),
         Index(None, "state", "next_attempt_at"),
         Index(None, "state", "destination", "created_at"),
+        Index(None, "delivered_at"),
+        Index(None, "destination", "id"),
         Index(None, "proof_at"),
         Index(None, "transaction_uid"),
     )

@@ -100,11 +100,21 @@ def get_studies(
     sender: Text = None,
     since: AwareDatetime | None = None,
     until: AwareDatetime | None = None,
+    patient_id: Text = None,
+    accession_number: Text = None,
+    route: Text = None,
+    destination: Text = None,
     cursor: Cursor = None,
     limit: Limit = 50,
 ) -> Response:
-    """Studies, newest first. `q`: the beginning of an accession number, patient ID or name, or a whole UID."""
-    which = StudyFilter(q, state, sender, since, until)
+    """Studies, newest first. `q`: the beginning of an accession number, patient ID or name, or a whole UID.
+
+    `since`, `until`: of the first instance, `until` itself left out. `patient_id` and `accession_number` are whole
+    values, for who may see them. `route`, `destination`: of any analysis and delivery of the study.
+    """
+    if (patient_id or accession_number) and not who.sees_content:
+        raise HTTPException(403, "your role does not include what names a patient")
+    which = StudyFilter(q, state, sender, since, until, patient_id, accession_number, route, destination)
     with web.reading() as session:
         rows, following = queries.list_studies(
             session, which, before=_before(cursor), limit=limit, by_identifier=who.sees_content
@@ -142,6 +152,7 @@ def get_analyses(
     web: TheWeb,
     who: AnyVisitor,
     state: AnalysisState | None = None,
+    route: Text = None,
     study_id: Annotated[int | None, Query(ge=1, lt=2**63)] = None,
     cursor: Cursor = None,
     limit: Limit = 50,
@@ -149,7 +160,7 @@ def get_analyses(
     """Analyses, newest first."""
     with web.reading() as session:
         found, following = queries.list_analyses(
-            session, state=state, study_id=study_id, before=_before(cursor), limit=limit
+            session, state=state, route=route, study_id=study_id, before=_before(cursor), limit=limit
         )
         page = AnalysisPage(items=[AnalysisSummary.model_validate(one) for one in found], next=_cursor(following))
     return _answer(request, page)
@@ -338,6 +349,7 @@ def get_events(
     actor: Text = None,
     study_id: Annotated[int | None, Query(ge=1, lt=2**63)] = None,
     since: AwareDatetime | None = None,
+    until: AwareDatetime | None = None,
     cursor: Cursor = None,
     limit: Limit = 50,
 ) -> Response:
@@ -349,6 +361,7 @@ def get_events(
             actor=actor,
             study_id=study_id,
             since=since,
+            until=until,
             before=_before(cursor),
             limit=limit,
         )

@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, func, or_, select, union_all
 from sqlalchemy.orm import Session, aliased
 
+from service.history import sent_to, taken_by
 from service.shared import heartbeat
 from service.shared.db import (
     Acquisition,
@@ -62,6 +63,10 @@ class StudyFilter:
     sender: str | None = None  # calling AE title
     since: datetime | None = None
     until: datetime | None = None
+    patient_id: str | None = None
+    accession: str | None = None
+    route: str | None = None  # of any of its analyses
+    destination: str | None = None  # of any of its deliveries
 
 
 def list_studies(
@@ -94,15 +99,14 @@ def list_studies(
     found = session.execute(query).all()
     page = found[:limit]
     ids = [study.id for study, _, _ in page]
-    images = _images(session, ids)
+    modalities = _modalities(session, ids)
     deliveries = _deliveries(session, ids)
     rows = [
         {
             "study": study,
             "header": header,
             "analysis": analysis,
-            "instances": images.get(study.id, (0, ()))[0],
-            "modalities": list(images.get(study.id, (0, ()))[1]),
+            "modalities": modalities.get(study.id, []),
             "deliveries": deliveries.get(study.id, {}),
         }
         for study, header, analysis in page
@@ -120,6 +124,14 @@ def _study_conditions(which: StudyFilter, by_identifier: bool) -> list[ColumnEle
         conditions.append(Study.first_received_at >= which.since)
     if which.until:
         conditions.append(Study.first_received_at < which.until)
+    if which.patient_id:
+        conditions.append(StudyHeader.patient_id == which.patient_id)
+    if which.accession:
+        conditions.append(StudyHeader.accession_number == which.accession)
+    if which.route:
+        conditions.append(taken_by(which.route))
+    if which.destination:
+        conditions.append(sent_to(which.destination))
     match which.state:
         case None:
             pass
@@ -164,19 +176,17 @@ def _names(text: str, by_identifier: bool) -> ColumnElement[bool]:
     return Study.id.in_(union_all(*found))  # a union, not an OR: each part has its own index
 
 
-def _images(session: Session, ids: Sequence[int]) -> dict[int, tuple[int, tuple[str, ...]]]:
-    counted: dict[int, int] = defaultdict(int)
+def _modalities(session: Session, ids: Sequence[int]) -> dict[int, list[str]]:
     modalities: dict[int, list[str]] = defaultdict(list)
     rows = session.execute(
-        select(Instance.study_id, Instance.modality, func.count())
+        select(Instance.study_id, Instance.modality)
         .where(Instance.study_id.in_(ids))
-        .group_by(Instance.study_id, Instance.modality)
-        .order_by(Instance.modality)
+        .distinct()
+        .order_by(Instance.study_id, Instance.modality)
     )
-    for study_id, modality, count in rows:
-        counted[study_id] += count
+    for study_id, modality in rows:
         modalities[study_id].append(modality)
-    return {study_id: (counted[study_id], tuple(modalities[study_id])) for study_id in counted}
+    return modalities
 
 
 def _deliveries(session: Session, ids: Sequence[int]) -> dict[int, dict[str, int]]:
@@ -194,11 +204,19 @@ def _deliveries(session: Session, ids: Sequence[int]) -> dict[int, dict[str, int
 
 
 def list_analyses(
-    session: Session, *, state: AnalysisState | None, study_id: int | None, before: int | None, limit: int
+    session: Session,
+    *,
+    state: AnalysisState | None,
+    route: str | None,
+    study_id: int | None,
+    before: int | None,
+    limit: int,
 ) -> tuple[list[Analysis], int | None]:
     query = select(Analysis).order_by(Analysis.id.desc())
     if state is not None:
         query = query.where(Analysis.state == state)
+    if route is not None:
+        query = query.where(Analysis.route == route)
     if study_id is not None:
         query = query.where(Analysis.study_id == study_id)
     return _page(session, query, Analysis.id, before, limit)
@@ -222,6 +240,7 @@ def list_events(
     actor: str | None = None,
     study_id: int | None = None,
     since: datetime | None = None,
+    until: datetime | None = None,
     before: int | None = None,
     limit: int = 50,
 ) -> tuple[list[AuditEvent], int | None]:
@@ -234,6 +253,8 @@ def list_events(
         query = query.where(AuditEvent.study_id == study_id)
     if since is not None:
         query = query.where(AuditEvent.at >= since)
+    if until is not None:
+        query = query.where(AuditEvent.at < until)
     return _page(session, query, AuditEvent.id, before, limit)
 
 

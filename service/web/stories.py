@@ -27,9 +27,8 @@ from service.web.schemas import (
 def study_summary(row: dict[str, Any], who: Visitor) -> StudySummary:
     study, header, analysis = row["study"], row["header"], row["analysis"]
     return StudySummary(
-        **_columns(study, StudySummary, "header", "instances", "modalities", "analysis", "deliveries"),
+        **_columns(study, StudySummary, "header", "modalities", "analysis", "deliveries"),
         header=Header.model_validate(header) if header is not None and who.sees_content else None,
-        instances=row["instances"],
         modalities=row["modalities"],
         analysis=None if analysis is None else AnalysisSummary.model_validate(analysis),
         deliveries=row["deliveries"],

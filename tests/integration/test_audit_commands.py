@@ -13,7 +13,7 @@ from service import chain
 from service.__main__ import app
 from service.shared import audit
 from service.shared.audit import AuditKind
-from service.shared.db import open_engine, open_sessions
+from service.shared.db import StudyHeader, open_engine, open_sessions
 from service.shared.settings import database_url, heads_file, load
 from tests.rows import ACTOR, NOW, STUDY_UID, add_deliveries, add_study, kinds, open_database
 
@@ -24,8 +24,11 @@ def config(tmp_path: Path) -> Path:
     path.write_text(f'[data]\npath = "{tmp_path / "data"}"\n', encoding="utf-8")
     (tmp_path / "data").mkdir()
     with open_database(database_url(load(path, {}))) as sessions:
-        add_deliveries(sessions, add_study(sessions), "pacs")
+        study_id = add_study(sessions)
+        add_deliveries(sessions, study_id, "pacs")
         with sessions.begin() as session:
+            empty = {column.key: "" for column in StudyHeader.__mapper__.column_attrs}
+            session.add(StudyHeader(**(empty | {"study_id": study_id, "patient_id": "P1"})))
             chain.append_batch(session)
         chain.export_head(sessions, heads_file(load(path, {})), NOW)
         with sessions.begin() as session:
@@ -83,6 +86,28 @@ def test_explain_and_stats_answer(config: Path) -> None:
     assert "share of tokens kept" in run(config, *ever).output
     assert json.loads(run(config, *ever, "--json").output)["studies"] == 1
     assert run(config, "history", "--csv").output.startswith("study_id,study_uid,")
+
+
+@pytest.mark.parametrize(
+    ("words", "fits"),
+    [
+        (("--until", "2027-01-01"), True),
+        (("--until", "2026-03-01"), False),
+        (("--patient", "P1"), True),
+        (("--patient", "P2"), False),
+        (("--route", "default"), True),
+        (("--route", "none"), False),
+        (("--destination", "pacs"), True),
+        (("--destination", "none"), False),
+    ],
+)
+def test_history_is_narrowed_in_every_form(config: Path, words: tuple[str, ...], fits: bool) -> None:
+    """By end, patient, route and destination: as a table, as JSON and as CSV."""
+    table, lines = run(config, "history", *words).output, run(config, "history", *words, "--csv").output.splitlines()
+
+    assert ("No study fits." not in table) is fits
+    assert len(json.loads(run(config, "history", *words, "--json").output)) == fits
+    assert len(lines) == 1 + fits
 
 
 def test_forget_asks_first(config: Path) -> None:

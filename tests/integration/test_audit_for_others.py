@@ -93,12 +93,13 @@ def test_both_forms_say_the_same(sessions: sessionmaker[Session]) -> None:
 
 
 def test_history_is_filtered(sessions: sessionmaker[Session]) -> None:
-    """By time, sender, accession number and the state of any step."""
+    """By time, sender, accession number, patient ID, route, destination and the state of any step."""
     old = add_study(sessions, "2.25.1", first_received_at=NOW - timedelta(days=2), calling_ae="CT01")
     new = add_study(sessions, "2.25.2", state=StudyState.RECEIVING, calling_ae="MR01")
     add_deliveries(sessions, old, "pacs")
+    add_analysis(sessions, new, route="head")
     with sessions.begin() as session:
-        session.add(_header(new, accession_number="A1"))
+        session.add(_header(new, accession_number="A1", patient_id="P1"))
 
     def found(**which: object) -> list[int]:
         with sessions() as session:
@@ -107,7 +108,13 @@ def test_history_is_filtered(sessions: sessionmaker[Session]) -> None:
     assert found() == [new, old]
     assert found(since=NOW) == [new]
     assert found(sender="CT01") == [old]
+    assert found(until=NOW) == [old]
+    assert found(since=NOW - timedelta(days=2), until=NOW - timedelta(days=2)) == []
     assert found(accession="A1") == [new]
+    assert (found(patient_id="P1"), found(patient_id="P")) == ([new], [])
+    assert (found(route="head"), found(route="default"), found(route="none")) == ([new], [old], [])
+    assert (found(destination="pacs"), found(destination="none")) == ([old], [])
+    assert found(route="head", destination="pacs") == []
     assert found(state="pending") == [old]
     assert found(state="receiving") == [new]
 

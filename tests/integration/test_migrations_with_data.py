@@ -12,7 +12,7 @@ from service.shared import schema
 from service.shared.db import AuditEvent, Result, open_sessions
 from tests.rows import NOW, add_deliveries, add_instance, add_study, open_database
 
-REVISIONS = ("0008", "0007", "0006", "0005", "0004", "0003", "0002", "0001")
+REVISIONS = ("0009", "0008", "0007", "0006", "0005", "0004", "0003", "0002", "0001")
 
 
 def content(engine: Engine) -> dict[str, list[tuple[Any, ...]]]:

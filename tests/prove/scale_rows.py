@@ -55,9 +55,9 @@ _HAS_RESULT = f"n <= :studies - {OPEN // 2} AND n % 200 <> 7 AND n % 500 <> 8"
 STATEMENTS: dict[str, str] = {
     "study": f"""
         INSERT INTO study (id, study_uid, state, revision, dispatched_revision, first_received_at, opened_at,
-            last_image_at, completed_at, calling_ae, held, patient_mismatch)
+            last_image_at, completed_at, calling_ae, held, patient_mismatch, instances, size_bytes)
         SELECT n, {UID} || n, CASE WHEN n > :studies - 5 THEN 'receiving' ELSE 'complete' END, 1, 1, {_AT}, {_AT},
-            {_AT} + interval '40 s', {_AT} + interval '100 s', 'CT' || lpad((n % 12)::text, 2, '0'), n % 50000 = 3, false
+            {_AT} + interval '40 s', {_AT} + interval '100 s', 'CT' || lpad((n % 12)::text, 2, '0'), n % 50000 = 3, false, 3, 3 * 525312
         FROM generate_series(1, :studies) n""",
     "study_header": f"""
         INSERT INTO study_header (study_id, salt, patient_id, issuer_of_patient_id, patient_name, patient_birth_date,

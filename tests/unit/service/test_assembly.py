@@ -359,6 +359,16 @@ def test_other_bytes_under_a_known_uid_are_kept_and_flagged(way: Way) -> None:
     assert kinds(way.sessions)[-1] == "instance-conflict"
 
 
+def test_study_counts_its_instances_and_their_bytes(way: Way) -> None:
+    """As its rows do: an identical re-send is none, other bytes under a known UID are one more."""
+    way.take(instance(1), instance(2))
+    way.take(instance(1), changed(instance(2), StudyDescription="corrected"), at=after(5))
+
+    study, rows = way.study(), way.instances()
+    assert (study.instances, study.size_bytes) == (3, sum(row.size_bytes for row in rows))
+    assert len(rows) == 3
+
+
 NOT_IMAGES = {
     "SR": (BasicTextSRStorage, "SR", False),
     "PR": (GrayscaleSoftcopyPresentationStateStorage, "PR", False),

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import history
 from service.history import NotFound
 from service.shared import delivery_transitions
-from service.shared.db import Delivery, Destination, ReportText, StudyHeader, StudyState
+from service.shared.db import Analysis, Delivery, Destination, ReportText, StudyHeader, StudyState
 from service.shared.settings import DestinationSettings
 from tests.rows import (
     NOW,
@@ -100,6 +101,27 @@ def test_status_counts_by_state(sessions: sessionmaker[Session]) -> None:
         ("b", 1, True),
     ]
     assert found["destinations"][0]["address"] == "pacs.example:104"
+
+
+def test_status_leaves_out_what_ended_long_ago(sessions: sessionmaker[Session]) -> None:
+    """What is open or failed counts whatever its age; what was done and delivered counts for a day."""
+    old, long_ago = {"last_image_at": after(-90_000)}, after(-90_000)
+    add_deliveries(sessions, add_study(sessions), "a")
+    done = add_study(sessions, "2.25.2", **old)
+    claimed(sessions, add_analysis(sessions, add_study(sessions, "2.25.3", state=StudyState.RECEIVING, **old)))
+    add_deliveries(sessions, done, "a", "b")
+    with sessions.begin() as session:
+        session.execute(update(Analysis).where(Analysis.study_id == done).values(queued_at=long_ago))
+        first, second, third = session.scalars(select(Delivery).order_by(Delivery.id))
+        for row, at in ((first, NOW), (second, long_ago)):
+            assert delivery_transitions.close_delivered(session, row, status=0, note=None, now=at, actor="test")
+        assert third.state == "pending"
+
+    found = status(sessions, "a", "b")
+
+    assert found["studies"] == {"receiving": 1, "complete": 1}
+    assert {state: n for state, n in found["analyses"].items() if n} == {"running": 1, "done": 1}
+    assert {state: n for state, n in found["deliveries"].items() if n} == {"pending": 1, "delivered": 1}
 
 
 def test_deliveries_to_a_destination_that_left_the_configuration_are_said(sessions: sessionmaker[Session]) -> None:
