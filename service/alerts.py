@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from sqlalchemy.orm import Session
 
+from service.shared.durable import digest
 from service.shared.settings import AlertSettings, Settings
 from service.situation import Situation, look
 
@@ -223,20 +224,17 @@ def _drift(now: Situation, rules: AlertSettings) -> Iterator[Alert]:
         told += 1
         if told > MOST_PROTOCOLS:
             return
+        which = digest("\0".join((one.scanner, one.protocol)).encode())[:8]
         yield Alert(
-            f"drift:{one.method}:{one.scanner}:{one.protocol}",
+            f"drift:{one.method}:{which}",
             AlertKind.DRIFT,
             Severity.WARNING,
-            f"pruning ({one.method}) keeps {one.recent:.1%} of the tokens of {_printable(one.scanner)}, protocol "
-            f"{_printable(one.protocol)}, {one.before:.1%} before ({one.recent_analyses} and {one.before_analyses} "
-            "analyses)",
-            "did the scanner, its protocol or [pruning] change? Compare two studies in the retention viewer",
+            # neither is named: a technologist can type a patient's name into both
+            f"pruning ({one.method}) keeps {one.recent:.1%} of the tokens of one scanner and protocol, those of study "
+            f"{one.study_id}; {one.before:.1%} before ({one.recent_analyses} and {one.before_analyses} analyses)",
+            "the charts name both. Did the scanner, its protocol or [pruning] change? Compare two studies in the "
+            "retention viewer",
         )
-
-
-def _printable(text: str) -> str:
-    """Free text of a modality on one line."""
-    return "".join(one if one.isprintable() else "?" for one in text)[:64] or "unnamed"
 
 
 def _studies(ids: Sequence[int]) -> str:

@@ -92,7 +92,17 @@ def _reached(cursor: Path) -> int:
 
 
 def _described(session: Session, event: AuditEvent, settings: Settings) -> Event:
-    return Event(event.kind, event.at, event.actor, event.detail, _study(session, event), _peer(event.detail, settings))
+    result = None if event.result_id is None else session.get(Result, event.result_id)
+    return Event(
+        event.kind,
+        event.at,
+        event.actor,
+        event.detail,
+        _study(session, event),
+        _peer(event.detail, settings),
+        series_uid=result.series_uid if result else "",
+        sop_instance_uid=result.sop_instance_uid if result else "",
+    )
 
 
 def _peer(detail: dict[str, Any], settings: Settings) -> Peer | None:

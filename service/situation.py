@@ -71,6 +71,7 @@ class Share:
     recent: float
     before_analyses: int
     before: float
+    study_id: int  # the newest of the recent ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +170,7 @@ def shares(session: Session, settings: Settings, now: datetime) -> list[Share]:
     """What pruning kept per scanner and protocol: over the last drift_days, and over the four times as long before."""
     days = timedelta(days=settings.alerts.drift_days)
 
-    def kept(start: datetime, end: datetime) -> dict[tuple[str, str, str], tuple[int, float]]:
+    def kept(start: datetime, end: datetime) -> dict[tuple[str, str, str], tuple[int, float, int]]:
         rows = session.execute(
             select(
                 Acquisition.scanner,
@@ -178,17 +179,22 @@ def shares(session: Session, settings: Settings, now: datetime) -> list[Share]:
                 func.count(),
                 func.sum(Acquisition.tokens_kept),
                 func.sum(Acquisition.tokens_in),
+                func.max(Acquisition.analysis_id),
             )
             .where(Acquisition.at >= start, Acquisition.at < end, Acquisition.tokens_in > 0)
             .group_by(Acquisition.scanner, Acquisition.protocol, Acquisition.method)
         )
-        return {(row[0], row[1], row[2]): (row[3], float(row[4]) / float(row[5])) for row in rows}
+        return {(row[0], row[1], row[2]): (row[3], float(row[4]) / float(row[5]), row[6]) for row in rows}
 
     recent, before = kept(now - days, now), kept(now - 5 * days, now - days)
+    both = sorted(recent.keys() & before.keys())
+    newest = [recent[key][2] for key in both]
+    found = session.execute(select(Analysis.id, Analysis.study_id).where(Analysis.id.in_(newest))).all()
+    studies = {row.id: row.study_id for row in found}
     return [
         Share(*key, recent_analyses=recent[key][0], recent=recent[key][1],
-              before_analyses=before[key][0], before=before[key][1])
-        for key in sorted(recent.keys() & before.keys())
+              before_analyses=before[key][0], before=before[key][1], study_id=studies[recent[key][2]])
+        for key in both
     ]  # fmt: skip
 
 

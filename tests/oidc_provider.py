@@ -1,7 +1,8 @@
 """A small OpenID Connect provider, as a process of its own: discovery, keys, code flow with PKCE, signed ID tokens.
 
 Whoever comes to its authorization endpoint is signed in as the person that was posted to /person last; `fault` there
-makes the next tokens wrong in one way. Run: python -m tests.oidc_provider PORT
+makes the next tokens wrong in one way. It signs out whom an ID token of its own names, and sends the browser to the one
+address that is registered for that. Run: python -m tests.oidc_provider PORT
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from joserfc import jwt
 from joserfc.jwk import KeySet, OctKey, RSAKey
 
 CLIENT, SECRET = "medpruner", "a secret of the client"
+AFTERWARDS = "http://testserver/login"
 
 
 class Provider(ThreadingHTTPServer):
@@ -83,8 +85,11 @@ class Handler(BaseHTTPRequestHandler):
                         "authorization_endpoint": f"{issuer}/authorize",
                         "token_endpoint": f"{issuer}/token",
                         "jwks_uri": f"{issuer}/keys",
+                        "end_session_endpoint": f"{issuer}/end",
                     },
                 )
+            case "/end":
+                self.end(asked)
             case "/keys":
                 self.answer(200, KeySet([self.server.key]).as_dict(private=False))
             case "/authorize":
@@ -103,6 +108,17 @@ class Handler(BaseHTTPRequestHandler):
         answer |= {"error": "access_denied"} if self.server.person.get("fault") == "denied" else {"code": code}
         self.send_response(302)
         self.send_header("Location", f"{asked['redirect_uri']}?{urlencode(answer)}")
+        self.end_headers()
+
+    def end(self, asked: dict[str, str]) -> None:
+        """RP-Initiated Logout 1.0: the hint is ours and the client's, the address is registered."""
+        claims = jwt.decode(asked["id_token_hint"], KeySet([self.server.key])).claims
+        right = claims["aud"] == asked["client_id"] == CLIENT and asked["post_logout_redirect_uri"] == AFTERWARDS
+        if not right:
+            self.answer(400, {"error": "invalid_request"})
+            return
+        self.send_response(302)
+        self.send_header("Location", f"{AFTERWARDS}?signed_out={claims['sub']}")
         self.end_headers()
 
     def do_POST(self) -> None:

@@ -48,6 +48,7 @@ class AuditKind(StrEnum):
     COMMITMENT_ASKED = "commitment-asked"  # storage commitment, N-ACTION
     DELIVERY_COMMITTED = "delivery-committed"  # the destination vouches for it, or was seen to hold it
     DELIVERY_NOT_COMMITTED = "delivery-not-committed"  # the destination has it not; sent again
+    DELIVERY_SOUGHT = "delivery-sought"  # C-FIND at the destination, as a proof
     DESTINATION_PAUSED = "destination-paused"  # by a command
     DESTINATION_RESUMED = "destination-resumed"  # by a command
     STUDY_VIEWED = "study-viewed"  # by a person or a program, in the web
@@ -61,6 +62,7 @@ class AuditKind(StrEnum):
     SIGN_IN_FAILED = "sign-in-failed"
     SIGNED_OUT = "signed-out"
     AUDIT_EXPORTED = "audit-exported"  # by a command
+    AUDIT_READ = "audit-read"  # by a person or a program, in the web
     SPOOL_REMOVED = "spool-removed"  # instances of a study, by age, after everything about it was delivered
     RESULTS_REMOVED = "results-removed"  # stored outputs and result objects of a study, by age
     STUDY_FORGOTTEN = "study-forgotten"  # by a command: whatever names or describes its patient was erased

@@ -7,6 +7,7 @@ images, and takes no commands.
 from __future__ import annotations
 
 import hmac
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -51,7 +52,7 @@ PERMISSIONS: dict[Role, frozenset[Permission]] = {
 
 @dataclass(slots=True)
 class RecentViews:
-    """Who looked at which study lately: the many requests of one look are one view in the audit."""
+    """Who looked at which study lately (0: at the audit): the many requests of one look are one view in the audit."""
 
     _seen: dict[tuple[str, int], datetime] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
@@ -76,6 +77,7 @@ class Web:
     loopback: bool  # listens on loopback only
     throttle: Throttle = field(default_factory=Throttle)
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    new_reference: Callable[[], str] = lambda: secrets.token_hex(4)  # of a fault, in the answer and the log
     recent_views: RecentViews = field(default_factory=lambda: RecentViews())
     proxy: ProxySignIn = field(init=False)
     sign_in_service: SignInService | None = field(init=False)
@@ -199,6 +201,12 @@ def record_look(web: Web, who: Visitor, study_id: int, analysis_id: int) -> None
     """A part of a study is shown, a slice for instance: on record unless this visitor looked at it a moment ago."""
     if web.recent_views.is_new(who.actor, study_id, web.clock()):
         record_view(web, AuditKind.STUDY_VIEWED, who, study_id=study_id, analysis_id=analysis_id)
+
+
+def record_audit_read(web: Web, who: Visitor) -> None:
+    """Somebody reads the audit: on record unless this visitor read it a moment ago."""
+    if web.recent_views.is_new(who.actor, 0, web.clock()):
+        record_view(web, AuditKind.AUDIT_READ, who)
 
 
 def record_view(web: Web, kind: AuditKind, who: Visitor, **what: int | str) -> None:

@@ -159,9 +159,9 @@ def best_role(names: Iterable[str], mapping: Mapping[str, str]) -> Role | None:
     return next((role for role in (Role.OPERATOR, Role.VIEWER, Role.AUDITOR) if role.value in meant), None)
 
 
-def sign_out(session: Session, who: SignedIn, *, now: datetime) -> None:
+def sign_out(session: Session, who: SignedIn, *, now: datetime, address: str) -> None:
     session.execute(delete(WebSession).where(WebSession.secret_sha256 == who.secret_sha256))
-    audit.append(session, AuditKind.SIGNED_OUT, now=now, actor=f"web/{who.name}")
+    audit.append(session, AuditKind.SIGNED_OUT, now=now, actor=f"web/{who.name}", address=address)
 
 
 def who_holds(session: Session, secret: str, *, now: datetime, idle: timedelta) -> tuple[SignedIn, datetime] | None:

@@ -32,6 +32,7 @@ from service.web.access import (
     TheWeb,
     Visitor,
     Web,
+    record_audit_read,
     record_look,
     record_view,
 )
@@ -67,6 +68,8 @@ from service.web.stories import analysis_stories, study_story, study_summary
 NOT_SIGNED_IN: dict[int | str, dict[str, Any]] = {
     401: {"model": Problem, "description": "Nobody is signed in"},
     403: {"model": Problem, "description": "The user may not do this"},
+    500: {"model": Problem, "description": "A fault of ours; the log has more under `reference`"},
+    503: {"model": Problem, "description": "The database does not answer"},
 }
 NOT_THERE: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "There is no such thing"}}
 NOT_CHANGED: dict[int | str, dict[str, Any]] = {304: {"description": "As in If-None-Match"}}
@@ -354,6 +357,7 @@ def get_events(
     limit: Limit = 50,
 ) -> Response:
     """Everything that happened, newest first, also what users did."""
+    record_audit_read(web, who)
     with web.reading() as session:
         found, following = queries.list_events(
             session,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import structlog
 import uvicorn
@@ -16,8 +17,9 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.shared import VERSION
 from service.shared.db import open_engine, open_sessions
 from service.shared.settings import Settings, database_url
-from service.web import accounts, api, health, metrics, pages
+from service.web import accounts, api, faults, health, metrics, pages
 from service.web.access import Web
+from service.web.oidc import origin
 
 STATIC = Path(__file__).parent / "static"
 STOP_GRACE_S = 5
@@ -54,13 +56,13 @@ def build_app(
     )
     own = is_loopback(settings.web.host) if loopback is None else loopback
     app.state.web = Web(settings, sessions, reading or sessions, own)
-    app.middleware("http")(_add_headers)
     app.include_router(health.router)
     app.include_router(metrics.router)
     app.include_router(api.router)
     app.include_router(pages.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    pages.handle_errors(app)
+    faults.handle(app)
+    app.middleware("http")(_adding(_headers(settings)))  # last, so that it is outermost: faults carry them too
     return app
 
 
@@ -113,10 +115,22 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-async def _add_headers(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
-    response = await go_on(request)
-    for name, value in HEADERS.items():
-        response.headers.setdefault(name, value)
-    if not request.url.path.startswith("/static/"):
-        response.headers.setdefault("Cache-Control", "no-store")
-    return response
+def _headers(settings: Settings) -> dict[str, str]:
+    """HEADERS; a form may also lead to the sign-in service, which is where signing out ends."""
+    if settings.web.oidc_issuer is None:
+        return HEADERS
+    policy = HEADERS["Content-Security-Policy"]
+    allowed = policy.replace("form-action 'self'", f"form-action 'self' {origin(settings.web.oidc_issuer)}")
+    return {**HEADERS, "Content-Security-Policy": allowed}
+
+
+def _adding(headers: Mapping[str, str]) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Any]:
+    async def add_headers(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await go_on(request)
+        for name, value in headers.items():
+            response.headers.setdefault(name, value)
+        if not request.url.path.startswith("/static/"):
+            response.headers.setdefault("Cache-Control", "no-store")
+        return response
+
+    return add_headers

@@ -9,12 +9,14 @@ import secrets
 import ssl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from threading import Lock
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
+from authlib.common.urls import add_params_to_uri
 from authlib.integrations.base_client import OAuthError
 from authlib.integrations.httpx_client import OAuth2Client
 from authlib.oidc.core import CodeIDToken
@@ -30,6 +32,7 @@ CLOCK_SKEW_S = 30
 PENDING_LIFE = timedelta(minutes=10)
 MOST_PENDING = 1000
 CALLBACK = "/login/oidc/callback"
+AFTERWARDS = "/login"  # where the service sends a browser that it signed out
 
 
 class NotSignedIn(Exception):
@@ -43,6 +46,7 @@ class Person:
     subject: str
     name: str
     roles: tuple[str, ...]  # as the service calls them
+    id_token: str = field(default="", repr=False)  # tells the service at the end whom to sign out
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,26 @@ class SignInService:
             if "id_token" not in answer:
                 raise NotSignedIn("the sign-in service sent no ID token; is the scope `openid` allowed?")
             claims = self._claims(client, answer, attempt.nonce, now)
-        return self._person(claims), attempt.following
+        return replace(self._person(claims), id_token=answer["id_token"]), attempt.following
+
+    def leave(self, id_token: str) -> str | None:
+        """Where the browser goes to be signed out there too; None where the service has no such place.
+
+        OpenID Connect RP-Initiated Logout 1.0. The place must be of the issuer's own origin: browsers follow a form to
+        no other (Content-Security-Policy: form-action).
+        """
+        with _in_words(), self._client() as client:
+            about = self._metadata(client)
+        place = about.get("end_session_endpoint")
+        if not isinstance(place, str) or origin(place) != origin(self.settings.oidc_issuer or ""):
+            return None
+        asked = {
+            "client_id": self.settings.oidc_client_id or "",
+            "post_logout_redirect_uri": (self.settings.public_url or "").rstrip("/") + AFTERWARDS,
+        }
+        if id_token:
+            asked["id_token_hint"] = id_token
+        return str(add_params_to_uri(place, list(asked.items())))
 
     def _claims(self, client: OAuth2Client, answer: dict[str, Any], nonce: str, now: datetime) -> CodeIDToken:
         """The claims of an ID token whose signature, issuer, audience, times and nonce hold (OIDC Core 3.1.3.7)."""
@@ -134,13 +157,17 @@ class SignInService:
         return self._keys
 
     def _endpoint(self, client: OAuth2Client, name: str) -> str:
+        return str(self._metadata(client)[name])
+
+    def _metadata(self, client: OAuth2Client) -> dict[str, Any]:
+        """What the service says of itself (OpenID Connect Discovery 1.0)."""
         if self._about is None:
             issuer = self.settings.oidc_issuer or ""
             about = self._fetch(client, issuer.rstrip("/") + "/.well-known/openid-configuration")
             if about.get("issuer") != issuer:
                 raise NotSignedIn("the sign-in service names another issuer than [web] oidc_issuer")
             self._about = about
-        return str(self._about[name])
+        return self._about
 
     def _fetch(self, client: OAuth2Client, address: str) -> Any:
         answer = client.request("GET", address, withhold_token=True)
@@ -168,6 +195,12 @@ class SignInService:
         if not isinstance(name, str):
             raise NotSignedIn(f"the ID token has no {self.settings.oidc_user_claim!r}; see [web] oidc_user_claim")
         return Person(str(claims["sub"]), name.lower(), _names(claims, self.settings.oidc_role_claim))
+
+
+def origin(address: str) -> str:
+    """Scheme, host and port."""
+    parts = urlsplit(address)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _names(claims: dict[str, Any], path: str) -> tuple[str, ...]:

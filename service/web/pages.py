@@ -10,12 +10,9 @@ from typing import Annotated, Any
 from urllib.parse import quote, urlencode, urlsplit
 
 import structlog
-from fastapi import APIRouter, FastAPI, Form, HTTPException, Query, Request, Response
-from fastapi.exception_handlers import http_exception_handler, request_validation_exception_handler
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, Form, HTTPException, Query, Request, Response
 from fastapi.responses import RedirectResponse
 from fastapi.templating import Jinja2Templates
-from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from service import chain, refusals
 from service.report.words import NOTICES
@@ -25,7 +22,7 @@ from service.shared.db import Analysis, AuditEvent, Study
 from service.shared.messages import AnalysisOutput, Flag
 from service.shared.settings import leaves, spool_folder
 from service.web import accounts, images, queries
-from service.web.access import COOKIE, Permission, Visitor, Web, find_visitor, record_view, the_web
+from service.web.access import COOKIE, Permission, Visitor, Web, find_visitor, record_audit_read, record_view, the_web
 from service.web.accounts import AccountError
 from service.web.health import check_all
 from service.web.oidc import CALLBACK, NotSignedIn
@@ -34,6 +31,8 @@ from service.web.schemas import AnalysisOut
 from service.web.stories import study_story, study_summary
 
 STATE_COOKIE = "medpruner_oidc"
+HINT_COOKIE = "medpruner_oidc_hint"  # the ID token, for signing out; sent to /logout only
+MOST_OF_A_HINT = 3500  # bytes; browsers drop a cookie of more than 4096
 PAGE = 25
 EVENTS = 60
 MOST_REFUSALS = 5
@@ -74,7 +73,7 @@ def login(
     web = the_web(request)
     if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         raise HTTPException(403, "sign in from this site's own page")
-    now, address = web.clock(), request.client.host if request.client else "unknown"
+    now, address = web.clock(), _address(request)
     keys = (f"name {name}", f"address {address}")
     wait = web.throttle.wait_s(keys, now)
     if wait > 0:
@@ -90,7 +89,9 @@ def login(
         said = "Name or password is wrong."
         return _login_page(request, following, status=401, fault=said)
     web.throttle.succeeded(keys)
-    return _signed_in(request, secret, following)
+    response = _signed_in(request, secret, following)
+    response.delete_cookie(HINT_COOKIE, path="/logout")
+    return response
 
 
 @router.get("/login/oidc")
@@ -124,7 +125,7 @@ def login_from_elsewhere(
     if web.sign_in_service is None:
         raise HTTPException(404, "There is no such page.")
     settings, now = web.settings.web, web.clock()
-    address = request.client.host if request.client else "unknown"
+    address = _address(request)
     keys = (f"address {address}",)
     if web.throttle.wait_s(keys, now) > 0:
         return _login_page(request, "/", status=429, fault="Too many failed attempts. Try again later.")
@@ -158,6 +159,8 @@ def login_from_elsewhere(
         return _login_page(request, "/", status=401, fault=f"Not signed in: {refused}.")
     response = _signed_in(request, secret, following)
     response.delete_cookie(STATE_COOKIE, path="/login")
+    hint = person.id_token if len(person.id_token) <= MOST_OF_A_HINT else ""
+    _set_cookie(request, response, HINT_COOKIE, f"id_token:{hint}", path="/logout")
     return response
 
 
@@ -168,10 +171,22 @@ def logout(request: Request, csrf: Annotated[str, Form(max_length=128)] = "") ->
         if csrf != who.csrf:
             raise HTTPException(403, "the form is of another session")
         with web.sessions.begin() as session:
-            accounts.sign_out(session, who.who, now=web.clock())
-    response = RedirectResponse("/login", 303)
+            accounts.sign_out(session, who.who, now=web.clock(), address=_address(request))
+    response = RedirectResponse(_way_out(web, request.cookies.get(HINT_COOKIE)), 303)
     response.delete_cookie(COOKIE)
+    response.delete_cookie(HINT_COOKIE, path="/logout")
     return response
+
+
+def _way_out(web: Web, hint: str | None) -> str:
+    """To the sign-in page; by way of the sign-in service where it signed this browser in and can sign it out."""
+    if hint is None or web.sign_in_service is None:
+        return "/login"
+    try:
+        return web.sign_in_service.leave(hint.partition(":")[2]) or "/login"
+    except NotSignedIn as error:
+        log.warning("oidc_not_left", reason=str(error))
+        return "/login"
 
 
 # --- look -----------------------------------------------------------------------------------------------------------
@@ -313,6 +328,7 @@ def events_page(
             limit=EVENTS,
         )
         lag = chain.lag(session)
+    record_audit_read(web, who)
     chosen = {key: value for key, value in {"kind": kind, "actor": actor}.items() if value}
     more = "/events?" + urlencode({**chosen, "cursor": following}) if following else None
     kinds = list(AuditKind)
@@ -333,21 +349,8 @@ def configuration_page(request: Request) -> Response:
     return _page(request, "configuration.html", who, sections=sections)
 
 
-def handle_errors(app: FastAPI) -> None:
-    """A page for people, JSON for programs."""
-
-    async def on_http_error(request: Request, error: StarletteHTTPException) -> Response:
-        if _is_program(request):
-            return await http_exception_handler(request, error)
-        return _page(request, "error.html", None, status=error.status_code, said=error.detail)
-
-    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
-        if _is_program(request):
-            return await request_validation_exception_handler(request, error)
-        return _page(request, "error.html", None, status=422, said="The address or form holds a value that cannot be.")
-
-    app.exception_handler(StarletteHTTPException)(on_http_error)
-    app.exception_handler(RequestValidationError)(on_invalid)
+def error_page(request: Request, status: int, said: str) -> Response:
+    return _page(request, "error.html", None, status=status, said=said)
 
 
 # --- inside ---------------------------------------------------------------------------------------------------------
@@ -372,15 +375,24 @@ def _login_page(request: Request, following: str, status: int = 200, fault: str 
 
 def _signed_in(request: Request, secret: str, following: str) -> Response:
     redirect = RedirectResponse(_inside(following), 303)
-    redirect.set_cookie(
-        COOKIE,
-        secret,
+    _set_cookie(request, redirect, COOKIE, secret)
+    return redirect
+
+
+def _set_cookie(request: Request, response: Response, name: str, value: str, path: str = "/") -> None:
+    response.set_cookie(
+        name,
+        value,
         max_age=int(the_web(request).settings.web.session_hours * 3600),
+        path=path,
         httponly=True,
         samesite="lax",  # strict would sign people out who follow a link from their RIS
         secure=_is_secure(request),
     )
-    return redirect
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else "unknown"
 
 
 def _is_secure(request: Request) -> bool:
@@ -416,10 +428,6 @@ def _to_login(request: Request) -> Response:
 def _must(who: Visitor, permission: Permission) -> None:
     if not who.may(permission):
         raise HTTPException(403, "Your role does not include this page.")
-
-
-def _is_program(request: Request) -> bool:
-    return request.url.path.startswith(("/api/", "/health/", "/static/"))
 
 
 def _inside(address: str) -> str:

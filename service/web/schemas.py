@@ -17,7 +17,14 @@ class Shape(BaseModel):
 
 
 class Problem(Shape):
+    """What went wrong (RFC 9457)."""
+
+    type: str = "about:blank"  # the status says it all
+    title: str
+    status: int
     detail: str
+    reference: str | None = None  # of a fault of ours, as it stands in the log
+    errors: list[dict[str, str]] = []  # of a request that cannot be: where, and what is wrong there
 
 
 class Header(Shape):

@@ -11,11 +11,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from email import message_from_bytes, policy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
@@ -26,7 +28,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom import AE, AllStoragePresentationContexts, Association, build_context, evt
 from sqlalchemy import MetaData, select
 
-from service.shared.db import Acquisition, ReportText, StudyHeader
+from service.shared.db import Acquisition, Analysis, ReportText, StudyHeader
 from service.spool import Spool
 from tests.phantom_series import PhantomSeries
 from tests.running import FINAL, SENDER, Pacs, Service, Storescp, deliveries, send
@@ -46,8 +48,9 @@ webhook_url = "http://127.0.0.1:{webhook}/hook"
 mail_to = ["pacs@hospital.example"]
 smtp_host = "127.0.0.1"
 smtp_port = {mail}
+drift_min_analyses = 1
 """
-TOLD = ("failed", "patient-mismatch", "rejected")  # alerts that his studies give cause for
+TOLD = ("failed", "patient-mismatch", "rejected", "keep-ratio-drift")  # alerts that his studies give cause for
 
 ROUTES = """
 [[route]]
@@ -200,6 +203,7 @@ class Aftermath:
     posted: list[str]  # alerts by webhook
     mailed: list[str]  # alerts by mail
     metrics: str
+    error_pages: list[str]  # and what programs got instead
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +244,44 @@ def aftermath(tmp_path_factory: pytest.TempPathFactory, random_model: Path, stor
                 (analysis,) = story["analyses"]
                 states[name] = analysis["state"]
                 reasons += [str(analysis["reason"]), *(str(one["reason"]) for one in deliveries(story))]
+            keep_less_than_before(service)
             for told in (posted, mailed):
                 wait_for(lambda told=told: all(kind in "".join(told) for kind in TOLD), "alerts by both channels", 60)
             metrics = wait_for(lambda: metrics_once_counted(web_port), "metrics that count everything", 60)
-            yield Aftermath(service, heartbeats, states, reasons, posted, mailed, metrics)
+            error_pages = list(provoke_faults(service, web_port))
+            yield Aftermath(service, heartbeats, states, reasons, posted, mailed, metrics, error_pages)
+
+
+def keep_less_than_before(service: Service) -> None:
+    """His scanner and protocol, as they were read: ten days ago twice as much of the tokens was kept."""
+    with service.sessions.begin() as session:
+        read = session.scalars(select(Acquisition)).one()
+        other = session.scalars(select(Analysis.id).where(Analysis.id != read.analysis_id).limit(1)).one()
+        columns = {column.key: getattr(read, column.key) for column in Acquisition.__mapper__.column_attrs}
+        columns |= {"analysis_id": other, "at": read.at - timedelta(days=10), "tokens_kept": 2 * read.tokens_kept}
+        session.add(Acquisition(**columns))
+
+
+def provoke_faults(service: Service, port: int) -> Iterator[str]:
+    """What the web answers where it breaks on a value that holds him, and where it is asked for him."""
+    with service.sessions.begin() as session:
+        broken = session.scalars(select(Analysis).where(Analysis.counts.is_not(None))).one()
+        study_id, counts = broken.study_id, broken.counts
+        broken.counts = "Zqxname^Planted=植木"  # type: ignore[assignment]  # what no shape allows
+    for address, status in (
+        (f"studies/{study_id}", 500),
+        (f"api/v1/studies/{study_id}", 500),
+        ("studies?state=zqxname-that-is-too-long", 422),
+        ("api/v1/studies?limit=zqxname", 422),
+        ("zqxname", 404),
+        ("api/v1/zqxname", 404),
+    ):
+        with pytest.raises(HTTPError) as told:
+            urlopen(f"http://127.0.0.1:{port}/{address}", timeout=30)
+        assert told.value.code == status
+        yield f"{told.value.headers}\n{told.value.read().decode()}"
+    with service.sessions.begin() as session:
+        session.get_one(Analysis, broken.id).counts = counts
 
 
 def metrics_once_counted(port: int) -> str:
@@ -328,7 +366,19 @@ def test_he_is_in_no_alert_and_no_metric(aftermath: Aftermath) -> None:
     """Nobody who is told by webhook or mail, and no scrape, learns his name or what the scanner's user typed."""
     assert "medpruner_analyses_total" in aftermath.metrics
     assert marks_in(aftermath.metrics) == []
-    assert [one for one in (*aftermath.posted, *aftermath.mailed) if marks_in(one)] == []
+    told = (*aftermath.posted, *aftermath.mailed)
+    assert any("of one scanner and protocol" in one for one in told)
+    assert [one for one in told if marks_in(one)] == []
+
+
+def test_he_is_on_no_error_page(aftermath: Aftermath) -> None:
+    """A page or a problem that breaks on his data, or is asked for him by name, says neither; the log names it."""
+    references = re.findall(r"under the reference ([0-9a-f]{8})", "\n".join(aftermath.error_pages))
+
+    assert len(aftermath.error_pages) == 6
+    assert len(set(references)) == 2
+    assert all(reference in aftermath.service.log_text() for reference in references)
+    assert [one for one in aftermath.error_pages if marks_in(one) or "Traceback" in one] == []
 
 
 def test_he_is_in_no_receipt_and_no_heartbeat(aftermath: Aftermath) -> None:

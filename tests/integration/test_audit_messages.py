@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import struct
 import subprocess
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ from service.shared.audit import AuditKind
 from service.shared.db import StudyHeader
 from service.shared.settings import Settings
 from service.syslog_tls import NotSent
-from tests.audit_schema import faults
+from tests.audit_schema import faults, faults_of_kind
 from tests.receiving import wait_until
 from tests.rows import ACTOR, NOW, add_study, open_database
 from tests.servers import free_port
@@ -61,6 +63,14 @@ def event_of(message: ET.Element) -> tuple[str, str, str]:
     [
         (AuditKind.SERVICE_STARTED, [("110100", "E", "0")]),
         (AuditKind.INSTANCES_RECEIVED, [("110104", "C", "0")]),
+        (AuditKind.INSTANCES_RECEIVED_AGAIN, [("110104", "R", "0")]),
+        (AuditKind.INSTANCE_CONFLICT, [("110104", "U", "0")]),
+        (AuditKind.RESULT_QUARANTINED, [("110103", "C", "4")]),
+        (AuditKind.RESULTS_REMOVED, [("110103", "D", "0")]),
+        (AuditKind.DELIVERY_SOUGHT, [("110112", "E", "0")]),
+        (AuditKind.AUDIT_READ, [("110101", "R", "0")]),
+        (AuditKind.DELIVERY_FELL_BACK, []),
+        (AuditKind.COMMITMENT_ASKED, []),
         (AuditKind.DELIVERY_DELIVERED, [("110102", "E", "0"), ("110104", "R", "0")]),
         (AuditKind.DELIVERY_POSTPONED, [("110102", "E", "0"), ("110104", "R", "4")]),
         (AuditKind.DELIVERY_REJECTED, [("110102", "E", "0"), ("110104", "R", "8")]),
@@ -84,6 +94,72 @@ def test_event_has_its_message(kind: AuditKind, expected: list[tuple[str, str, s
 def test_every_message_follows_the_grammar(kind: AuditKind, changes: dict[str, Any]) -> None:
     """With all that is known, with nothing, and of a study whose patient was forgotten."""
     made(kind, **changes)
+
+
+@pytest.mark.parametrize("kind", list(AuditKind))
+def test_every_message_keeps_to_its_table(kind: AuditKind) -> None:
+    """Action, type, roles, objects and addresses as A.5.3 asks of this message."""
+    for content in atna.messages(
+        Event(kind, NOW, "web/me", {"address": "192.0.2.5"}, STUDY, Peer("CT01", "ct01")), NODE
+    ):
+        assert faults_of_kind(content) == []
+
+
+def test_tables_notice_faults() -> None:
+    """A check that could not fail would prove nothing."""
+    event = Event(AuditKind.INSTANCES_RECEIVED, NOW, "x", {}, STUDY, Peer("CT01", "192.0.2.17"))
+    (content,) = atna.messages(event, NODE)
+
+    for old, new in (
+        (b'EventActionCode="C"', b'EventActionCode="D"'),
+        (b'csd-code="110153"', b'csd-code="110152"'),
+        (b'csd-code="110180"', b'csd-code="110181"'),
+        (b'ParticipantObjectTypeCode="1"', b'ParticipantObjectTypeCode="2"'),
+        (b"</EventIdentification>", b'<EventTypeCode csd-code="110122"/></EventIdentification>'),
+        (b'"110104"', b'"110114"'),
+    ):
+        assert old in content
+        assert faults_of_kind(content.replace(old, new, 1))
+
+
+def test_table_for_operators_is_what_is_sent() -> None:
+    """Every kind of event stands in docs/operations.md with its messages, or with the reason why there is none."""
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z-]+(?:`, `[a-z-]+)*)` \| (.*?) \| (.+) \|$", text, re.MULTILINE)
+    told = {
+        kind: re.findall(r"(\d{6}) (?:.*?) \(([CRUDE])\)", sent)
+        for kinds, sent, _ in rows
+        for kind in kinds.split("`, `")
+    }
+    sent = {kind: [event_of(one)[:2] for one in made(kind)] for kind in AuditKind}
+
+    assert {kind: told.get(kind) for kind in sent} == dict(sent.items())
+
+
+def test_find_is_sent_as_it_was_asked() -> None:
+    """The Identifier in the Native DICOM Model, in base64, under its SOP Class."""
+    (message,) = made(AuditKind.DELIVERY_SOUGHT, series_uid="2.25.7", sop_instance_uid="2.25.8")
+
+    (asked,) = message.findall("ParticipantObjectIdentification")
+    query = ET.fromstring(b64decode(asked.findtext("ParticipantObjectQuery") or ""))
+    assert asked.attrib["ParticipantObjectID"] == "1.2.840.10008.5.1.4.1.2.2.1"
+    assert {one.attrib["keyword"]: one.findtext("Value") for one in query} == {
+        "QueryRetrieveLevel": "IMAGE",
+        "StudyInstanceUID": STUDY.study_uid,
+        "SeriesInstanceUID": "2.25.7",
+        "SOPInstanceUID": "2.25.8",
+    }
+
+
+@pytest.mark.parametrize(
+    ("address", "kind"), [("192.0.2.17", "2"), ("fd00::1", "2"), ("ct.hospital", "1"), ("ct01", "1")]
+)
+def test_address_is_marked_as_what_it_is(address: str, kind: str) -> None:
+    """A name of letters and dots is no IP address."""
+    (message,) = made(AuditKind.INSTANCES_RECEIVED, peer=Peer("CT01", address))
+
+    sender, _ = message.findall("ActiveParticipant")
+    assert (sender.attrib["NetworkAccessPointID"], sender.attrib["NetworkAccessPointTypeCode"]) == (address, kind)
 
 
 def test_grammar_notices_faults() -> None:

@@ -272,16 +272,18 @@ def test_forgotten_study_leaves_nothing_of_its_patient(
 
 
 def test_other_studies_are_not_touched(sessions: sessionmaker[Session], spool: Spool, tmp_path: Path) -> None:
-    """Neither files nor rows."""
+    """Neither files nor rows nor kept features."""
     one, other = add_study(sessions), add_study(sessions, "2.25.2")
     file_instance(sessions, spool, one)
     kept = file_instance(sessions, spool, other, "2.25.3000.2", study_uid="2.25.2")
+    features = [file_features(tmp_path, study_id) for study_id in (one, other)]
     with sessions.begin() as session:
         session.add_all([header(one), header(other)])
 
     retention.forget(sessions, spool, tmp_path, one, now=LATER, actor=ACTOR)
 
     assert kept.exists()
+    assert [path.exists() for path in features] == [False, True]
     assert get(sessions, StudyHeader, other).patient_name == SECRET
 
 

@@ -34,7 +34,7 @@ PACS = DestinationSettings(name="pacs", ae_title="PACS", host="h", port=104)
 SETTINGS = Settings(destination=(PACS,))
 QUIET = Situation(now=NOW, receiving=0, held=0, folders={"spool": Folder(10**12, 10**13)})
 LONG_AGO = NOW - timedelta(hours=3)
-SHARE = Share("Scanner A", "Thorax", "guarded", 25, 0.2, 100, 0.3)
+SHARE = Share("Scanner A", "Thorax", "guarded", 25, 0.2, 100, 0.3, 12)
 
 
 def test_nothing_to_tell_of_a_quiet_service() -> None:
@@ -89,7 +89,7 @@ def test_nothing_to_tell_of_a_quiet_service() -> None:
             "cannot be read",
         ),
         ({"chain_waiting": 5, "chain_waiting_since": LONG_AGO}, "audit-chain", Severity.WARNING, "5 events"),
-        ({"shares": (SHARE,)}, "drift:guarded:Scanner A:Thorax", Severity.WARNING, "keeps 20.0% of the tokens"),
+        ({"shares": (SHARE,)}, "drift:guarded:644b32a7", Severity.WARNING, "keeps 20.0% of the tokens"),
     ],
 )
 def test_reason_gives_its_alert(changes: dict[str, object], key: str, severity: Severity, said: str) -> None:
@@ -118,12 +118,13 @@ def test_what_is_usual_is_no_alert(changes: dict[str, object]) -> None:
     assert decide(replace(QUIET, **changes), SETTINGS) == []  # type: ignore[arg-type]
 
 
-def test_free_text_of_a_modality_stays_on_its_line() -> None:
-    """A protocol's name cannot forge a line of the message."""
-    (alert,) = decide(replace(QUIET, shares=(replace(SHARE, protocol="a\nCRITICAL: b" + "x" * 99),)), SETTINGS)
+def test_free_text_of_a_modality_is_in_no_alert() -> None:
+    """A technologist may have typed a patient's name as the protocol: a study that has it is named by its number."""
+    share = replace(SHARE, scanner="ZQX", protocol="a\nCRITICAL: ZQX^PATIENT")
+    (alert,) = decide(replace(QUIET, shares=(share,)), SETTINGS)
 
-    assert "\n" not in alert.summary
-    assert len(alert.summary) < 300
+    assert "study 12;" in alert.summary
+    assert "ZQX" not in f"{alert}"
 
 
 @pytest.fixture
@@ -163,8 +164,8 @@ def test_share_is_compared_per_scanner_and_protocol(sqlite_url: str, settings: S
         with sessions() as session:
             found = [alert for alert in current(session, settings, NOW) if alert.kind is AlertKind.DRIFT]
 
-    assert [alert.key for alert in found] == ["drift:off:Scanner:A"]
-    assert "keeps 10.0% of the tokens" in found[0].summary
+    assert len(found) == 1
+    assert "keeps 10.0% of the tokens of one scanner and protocol, those of study 6;" in found[0].summary
 
 
 def _quarantine(sessions: sessionmaker[Session]) -> None:

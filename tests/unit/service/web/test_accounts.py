@@ -83,7 +83,7 @@ def test_signing_out_ends_the_session_at_the_server(sessions: sessionmaker[Sessi
     with sessions.begin() as session:
         found = accounts.who_holds(session, secret, now=NOW, idle=IDLE)
         assert found is not None
-        accounts.sign_out(session, found[0], now=NOW)
+        accounts.sign_out(session, found[0], now=NOW, address="192.0.2.1")
 
     assert holder(sessions, secret) is None
 

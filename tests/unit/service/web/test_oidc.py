@@ -23,7 +23,7 @@ from tests.oidc_provider import CLIENT, SECRET
 from tests.receiving import wait_until
 from tests.rows import NOW, event, get, kinds, open_database
 from tests.servers import free_port
-from tests.web_visits import SITE, add_user
+from tests.web_visits import SITE, add_user, csrf, sign_in
 
 PROJECT = Path(__file__).parents[4]
 
@@ -93,6 +93,49 @@ def test_person_of_the_hospital_signs_in(sessions: sessionmaker[Session], client
     assert client.get("/api/v1/events").status_code == 403, "a viewer"
     assert kinds(sessions)[-3:] == ["user-added", "signed-in", "studies-listed"]
     assert event(sessions, "signed-in").actor == "web/rosa"
+
+
+def sign_out(client: TestClient) -> httpx2.Response:
+    return client.post("/logout", data={"csrf": csrf(client)})
+
+
+def test_signing_out_ends_at_the_sign_in_service(
+    sessions: sessionmaker[Session], client: TestClient, issuer: str
+) -> None:
+    """The session here is over, the service is told whose it was, and the browser comes back to our sign-in page."""
+    be(issuer, sub="42")
+    come_back(client)
+    answer = sign_out(client)
+
+    assert answer.status_code == 303
+    assert answer.headers["location"].startswith(f"{issuer}/end?")
+    back = httpx2.get(answer.headers["location"])
+    assert (back.status_code, back.headers["location"]) == (302, f"{SITE}/login?signed_out=42")
+    assert client.get("/studies").headers["location"] == "/login?next=/studies"
+    assert kinds(sessions)[-1] == "signed-out"
+    assert f"form-action 'self' {issuer};" in client.get("/login").headers["content-security-policy"]
+
+
+def test_id_token_is_kept_for_signing_out_only(client: TestClient, issuer: str) -> None:
+    """In a cookie that no script reads and no other page gets; it goes when the person does."""
+    be(issuer)
+    come_back(client)
+    (cookie,) = (one for one in client.cookies.jar if one.name == "medpruner_oidc_hint")
+    assert (cookie.path, cookie.has_nonstandard_attr("HttpOnly")) == ("/logout", True)
+
+    sign_out(client)
+
+    assert "medpruner_oidc_hint" not in {one.name for one in client.cookies.jar}
+
+
+def test_local_user_signs_out_here(sessions: sessionmaker[Session], client: TestClient, issuer: str) -> None:
+    """Whom the service did not sign in it need not sign out; also after somebody else whom it did."""
+    add_user(sessions, "olga", Role.OPERATOR)
+    be(issuer)
+    come_back(client)
+    sign_in(client, "olga")
+
+    assert sign_out(client).headers["location"] == "/login"
 
 
 def test_nobody_gets_in_without_signing_in(client: TestClient) -> None:
