@@ -309,6 +309,7 @@ def _find(
             found, said = _is_there(association, one)
             now = clock()
             with sessions.begin() as session:
+                delivery_transitions.note_sought(session, one.delivery.id, found=found, now=now, actor=ACTOR)
                 if found:
                     note = "found by C-FIND"
                     delivery_transitions.commit_delivery(session, one.delivery.id, note=note, now=now, actor=ACTOR)

@@ -181,6 +181,11 @@ def commit_delivery(session: Session, delivery_id: int, *, note: str | None, now
     return changed
 
 
+def note_sought(session: Session, delivery_id: int, *, found: bool | None, now: datetime, actor: str) -> None:
+    """The destination was asked by C-FIND whether it holds the result; found: None, where it did not say."""
+    _note_delivery(session, AuditKind.DELIVERY_SOUGHT, delivery_id, now, actor, found=found)
+
+
 def uncommit_delivery(
     session: Session, delivery_id: int, *, reason: str, next_attempt_at: datetime | None, now: datetime, actor: str
 ) -> bool:

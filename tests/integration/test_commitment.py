@@ -18,12 +18,13 @@ from pynetdicom.sop_class import (
     StorageCommitmentPushModel,
     StudyRootQueryRetrieveInformationModelFind,
 )
+from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import commitment, commitment_answers
 from service.commitment_answers import Answer
 from service.shared import delivery_transitions
-from service.shared.db import Delivery, DeliveryState
+from service.shared.db import AuditEvent, Delivery, DeliveryState
 from service.shared.settings import DestinationSettings, ScpSettings
 from tests.rows import NOW, add_deliveries, add_study, after, get, kinds, open_database
 from tests.servers import free_port
@@ -345,6 +346,9 @@ def test_result_that_a_find_finds_counts_as_committed(delivered: Delivered) -> N
     assert (found.state, found.reason) == (DeliveryState.COMMITTED, "found by C-FIND")
     assert (missing.state, missing.reason) == (DeliveryState.DELIVERED, "not found by C-FIND yet")
     assert missing.proof_at == after(30)
+    with delivered.sessions() as session:
+        sought = select(AuditEvent.detail).where(AuditEvent.kind == "delivery-sought").order_by(AuditEvent.id)
+        assert [one["found"] for one in session.scalars(sought)] == [True, False]
 
 
 def test_result_that_is_not_found_several_times_is_sent_again(delivered: Delivered) -> None:
