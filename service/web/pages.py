@@ -90,7 +90,8 @@ def login(
         return _login_page(request, following, status=401, fault=said)
     web.throttle.succeeded(keys)
     response = _signed_in(request, secret, following)
-    response.delete_cookie(HINT_COOKIE, path="/logout")
+    if web.sign_in_service is not None:
+        response.delete_cookie(HINT_COOKIE, path="/logout")  # of somebody whom the service signed in here before
     return response
 
 
