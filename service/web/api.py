@@ -14,7 +14,7 @@ from pydicom import dcmread
 from pydicom.dataset import FileDataset
 from sqlalchemy.orm import Session
 
-from service import commands, refusals
+from service import alerts, commands, refusals
 from service.report.readable import readable
 from service.shared import delivery_transitions
 from service.shared.audit import AuditKind
@@ -38,13 +38,17 @@ from service.web.access import (
 )
 from service.web.queries import Narrowing, StudyFilter
 from service.web.schemas import (
+    AlertOut,
+    Alerts,
     AnalysisOut,
     AnalysisPage,
     AnalysisSummary,
     AnswerOut,
     Answers,
+    ChartGroup,
     ChartPoint,
     Charts,
+    ChartStep,
     Configuration,
     ConfigurationKey,
     DeliveryOut,
@@ -377,11 +381,30 @@ def get_events(
 def get_charts(
     request: Request, web: TheWeb, who: AnyVisitor, days: Annotated[int, Query(ge=1, le=366)] = 7
 ) -> Response:
-    """One point per analysis that is done: shares kept and seconds by step; the newest 2,000 of so many days."""
+    """How analyses went over time: all of them in steps, and the newest 2,000 one by one with their seconds by step."""
+    since = web.clock() - timedelta(days=days)
+    step_s = queries.bin_seconds(timedelta(days=days))
     with web.reading() as session:
-        points = queries.charts(session, web.clock() - timedelta(days=days))
+        points = queries.charts(session, since)
+        steps, groups = queries.over_time(session, since, step_s)
     hidden = {} if who.sees_content else {"scanner": None, "protocol": None}  # free text of the modality
-    return _answer(request, Charts(points=[ChartPoint.model_validate(point | hidden) for point in points]))
+    return _answer(
+        request,
+        Charts(
+            points=[ChartPoint.model_validate(point | hidden) for point in points],
+            step_s=step_s,
+            steps=[ChartStep.model_validate(one) for one in steps],
+            groups=[ChartGroup.model_validate(one) for one in groups] if who.sees_content else [],
+        ),
+    )
+
+
+@router.get("/alerts", responses=NOT_CHANGED, response_model=Alerts, tags=["look"])
+def get_alerts(request: Request, web: TheWeb, who: AnyVisitor) -> Response:
+    """What a person should know of now, the most severe first. No patient is named."""
+    with web.reading() as session:
+        found = alerts.current(session, web.settings, web.clock())
+    return _answer(request, Alerts(items=[AlertOut.model_validate(one) for one in found]))
 
 
 @router.get("/configuration", responses=NOT_CHANGED, response_model=Configuration, tags=["look"])

@@ -14,20 +14,21 @@ from fastapi import APIRouter, Form, HTTPException, Query, Request, Response
 from fastapi.responses import RedirectResponse
 from fastapi.templating import Jinja2Templates
 
-from service import chain, refusals
+from service import alerts, chain, refusals
 from service.report.words import NOTICES
 from service.shared import VERSION, audit
 from service.shared.audit import AuditKind
 from service.shared.db import Analysis, AuditEvent, Study
 from service.shared.messages import AnalysisOutput, Flag
-from service.shared.settings import leaves, spool_folder
+from service.shared.settings import leaves, routes, spool_folder
+from service.situation import look
 from service.web import accounts, images, queries
 from service.web.access import COOKIE, Permission, Visitor, Web, find_visitor, record_audit_read, record_view, the_web
 from service.web.accounts import AccountError
 from service.web.health import check_all
 from service.web.oidc import CALLBACK, NotSignedIn
 from service.web.queries import Narrowing, StudyFilter
-from service.web.schemas import AnalysisOut
+from service.web.schemas import AnalysisOut, StudyOut
 from service.web.stories import study_story, study_summary
 
 STATE_COOKIE = "medpruner_oidc"
@@ -202,6 +203,7 @@ def overview_page(request: Request) -> Response:
     with web.reading() as session:
         now = web.clock()
         glance = queries.overview(session, now)
+        told = alerts.decide(look(session, web.settings, now), web.settings)
         destinations = queries.destinations(session, web.settings.destination)
         rows, _ = queries.list_studies(session, StudyFilter(), before=None, limit=8, by_identifier=False)
         studies = [study_summary(row, who) for row in rows]
@@ -212,6 +214,7 @@ def overview_page(request: Request) -> Response:
         "overview.html",
         who,
         glance=glance,
+        alerts=told,
         destinations=destinations,
         studies=studies,
         checks=check_all(web),
@@ -228,6 +231,8 @@ def studies_page(
     sender: Annotated[str, Query(max_length=16)] = "",
     since: Annotated[str, Query(max_length=10)] = "",
     until: Annotated[str, Query(max_length=10)] = "",
+    route: Annotated[str, Query(max_length=32)] = "",
+    destination: Annotated[str, Query(max_length=32)] = "",
     cursor: Annotated[str, Query(max_length=18)] = "",
 ) -> Response:
     """A list that narrows as one types; `cursor` brings the next rows of the same list."""
@@ -242,6 +247,8 @@ def studies_page(
         sender.replace("\0", "") or None,
         _day(since),
         _day(until, timedelta(days=1)),
+        route=route.replace("\0", "") or None,
+        destination=destination.replace("\0", "") or None,
     )
     with web.reading() as session:
         rows, following = queries.list_studies(
@@ -255,12 +262,21 @@ def studies_page(
     if who.sees_content:
         record_view(web, AuditKind.STUDIES_LISTED, who, studies=len(studies))
     chosen = {"q": text, "state": state, "sender": sender, "since": since, "until": until}
+    chosen |= {"route": route, "destination": destination}
     more = None
     if following is not None:
         more = "/studies?" + urlencode({**{key: value for key, value in chosen.items() if value}, "cursor": following})
-    senders = sorted({source.ae_title for source in web.settings.source})
     return _page(
-        request, "studies.html", who, studies=studies, more=more, chosen=chosen, states=list(Narrowing), senders=senders
+        request,
+        "studies.html",
+        who,
+        studies=studies,
+        more=more,
+        chosen=chosen,
+        states=list(Narrowing),
+        senders=sorted({source.ae_title for source in web.settings.source}),
+        routes=[one.name for one in routes(web.settings)],
+        destinations=[one.name for one in web.settings.destination],
     )
 
 
@@ -296,6 +312,7 @@ def study_page(request: Request, study_id: int, analysis: Annotated[int | None, 
         answers=output.answers if output and who.sees_content else (),
         events=_runs(events),
         live=running or pending,
+        resumable=_is_resumable(story),
         notices=[NOTICES.get(Flag(flag), flag) for flag in (chosen.flags or [])] if chosen else [],
         funnel=FUNNEL,
     )
@@ -448,6 +465,13 @@ def _chosen(analyses: list[AnalysisOut], wanted: int | None) -> AnalysisOut | No
         if one.id == wanted:
             return one
     return next((one for one in analyses if one.counts), analyses[0] if analyses else None)
+
+
+def _is_resumable(story: StudyOut) -> bool:
+    """Whether `requeue` would find anything: held, failed in its present revision, or rejected."""
+    failed = any(one.state == "failed" and one.revision == story.revision for one in story.analyses)
+    rejected = any(d.state == "rejected" for a in story.analyses for r in a.results for d in r.deliveries)
+    return story.held or failed or rejected
 
 
 def _output(web: Web, chosen: AnalysisOut | None) -> AnalysisOutput | None:

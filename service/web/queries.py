@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, union_all
+from sqlalchemy import BigInteger, ColumnElement, and_, cast, extract, func, or_, select, text, union_all
 from sqlalchemy.orm import Session, aliased
 
 from service.history import sent_to, taken_by
@@ -36,6 +36,8 @@ OPEN = (AnalysisState.QUEUED, AnalysisState.RUNNING, AnalysisState.READ)
 ENDED = (AnalysisState.DONE, AnalysisState.REFUSED, AnalysisState.FAILED)
 LAST_CHARACTER = chr(0x10FFFF)
 CHART_POINTS = 2000
+MOST_GROUPS = 8  # scanners and protocols that a chart tells apart
+SUMMED = ("inputs", "inputs_kept", "tokens_in", "tokens_kept")
 
 
 class Narrowing(StrEnum):
@@ -397,3 +399,56 @@ def charts(session: Session, since: datetime, limit: int = CHART_POINTS) -> list
 
 def _share(part: int | None, whole: int | None) -> float | None:
     return round(part / whole, 4) if part is not None and whole else None
+
+
+def bin_seconds(span: timedelta) -> int:
+    """How much time one step of a chart covers: an hour, six hours or a day."""
+    if span <= timedelta(days=2):
+        return 3600
+    return 6 * 3600 if span <= timedelta(days=30) else 86_400
+
+
+def over_time(session: Session, since: datetime, bin_s: int) -> tuple[list[Row], list[Row]]:
+    """Every analysis of the period, summed up by steps of bin_s: all together, and by scanner and protocol.
+
+    How many were done stands at the time when they were queued; what was kept, at the time when they were read. Only
+    the scanners and protocols that were read most are told apart.
+    """
+    sums: dict[datetime, Row] = defaultdict(lambda: dict.fromkeys(("analyses", *SUMMED), 0))
+    done = session.execute(
+        select(_step(Analysis.queued_at, bin_s), func.count())
+        .where(Analysis.state == AnalysisState.DONE, Analysis.queued_at >= since)
+        .group_by(text("1"))
+    )
+    for step, count in done:
+        sums[_begin(step, bin_s)]["analyses"] = count
+    kept = session.execute(
+        select(
+            _step(Acquisition.at, bin_s),
+            Acquisition.scanner,
+            Acquisition.protocol,
+            func.count(),
+            *(func.sum(getattr(Acquisition, name)) for name in SUMMED),
+        )
+        .where(Acquisition.at >= since)
+        .group_by(text("1"), Acquisition.scanner, Acquisition.protocol)
+    )
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for step, scanner, protocol, analyses, *summed in kept:
+        at, parts = _begin(step, bin_s), dict(zip(SUMMED, map(int, summed), strict=True))
+        for name, value in parts.items():
+            sums[at][name] += value
+        groups[scanner, protocol].append(
+            {"at": at, "scanner": scanner, "protocol": protocol, "analyses": analyses, **parts}
+        )
+    busiest = sorted(groups.values(), key=lambda rows: -sum(row["analyses"] for row in rows))[:MOST_GROUPS]
+    together = [{"at": at, **row} for at, row in sorted(sums.items())]
+    return together, sorted((row for rows in busiest for row in rows), key=lambda row: row["at"])
+
+
+def _step(column: Any, bin_s: int) -> Any:
+    return cast(extract("epoch", column), BigInteger) // bin_s
+
+
+def _begin(step: int, bin_s: int) -> datetime:
+    return datetime.fromtimestamp(int(step) * bin_s, UTC)

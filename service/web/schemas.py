@@ -248,8 +248,42 @@ class ChartPoint(Shape):
     timings_s: dict[str, float]
 
 
+class ChartStep(Shape):
+    """All analyses of one step of time."""
+
+    at: datetime  # its begin
+    analyses: int  # done
+    inputs: int  # of those that were read
+    inputs_kept: int
+    tokens_in: int
+    tokens_kept: int
+
+
+class ChartGroup(ChartStep):
+    """Of one scanner and protocol, read in this step."""
+
+    scanner: str
+    protocol: str
+
+
 class Charts(Shape):
-    points: list[ChartPoint]
+    points: list[ChartPoint]  # the newest 2,000
+    step_s: int
+    steps: list[ChartStep]  # all of the period
+    groups: list[ChartGroup]  # all of the scanners and protocols that were read most; empty without content
+
+
+class AlertOut(Shape):
+    key: str  # stays the same while it holds
+    kind: str
+    severity: str  # critical, warning
+    summary: str
+    remedy: str
+    since: datetime | None
+
+
+class Alerts(Shape):
+    items: list[AlertOut]
 
 
 class SourceOut(Shape):

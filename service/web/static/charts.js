@@ -1,9 +1,9 @@
-// Four charts from /api/v1/charts; the numbers are the API's.
+// Four charts from /api/v1/charts; the numbers are the API's. Single analyses where all of the period fit, else steps.
 "use strict";
 addEventListener("DOMContentLoaded", async () => {
   const box = document.getElementById("charts");
-  const { points } = await (await fetch(box.dataset.source)).json();
-  if (!points.length) {
+  const { points, steps, groups, step_s: step } = await (await fetch(box.dataset.source)).json();
+  if (!points.length && !steps.length) {
     box.hidden = true;
     document.getElementById("nothing").hidden = false;
     return;
@@ -11,6 +11,15 @@ addEventListener("DOMContentLoaded", async () => {
   points.sort((a, b) => Date.parse(a.finished_at) - Date.parse(b.finished_at));
   const times = points.map((point) => Date.parse(point.finished_at) / 1000);
   let drawn = [];
+  const done = steps.reduce((sum, one) => sum + one.analyses, 0);
+  const all = done <= points.length; // every analysis of the period is a point of its own
+  const per = step === 3600 ? "hour" : step === 86400 ? "day" : "6 hours";
+  const say = (id, words) => (document.getElementById(`${id}-hint`).textContent = `${words}: ${document.getElementById(`${id}-hint`).textContent}`);
+  say("kept", all ? "per analysis" : `mean of every ${per}`);
+  say("time", all ? "per analysis" : `the newest ${points.length.toLocaleString()} of ${done.toLocaleString()} analyses`);
+  say("drift", `mean of every ${per}`);
+  const at = (one) => Date.parse(one.at) / 1000;
+  const share = (part, whole) => (whole ? part / whole : null);
 
   const token = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const percent = (value) => (value == null ? "–" : `${Math.round(100 * value)} %`);
@@ -56,35 +65,35 @@ addEventListener("DOMContentLoaded", async () => {
   function drawAll() {
     drawn.forEach((one) => one.destroy());
     drawn = [];
-    chart("kept", [times, points.map((p) => p.tokens_kept), points.map((p) => p.slices_kept)], ["tokens kept", "slices read"],
-      { scale: { range: [0, 1] }, format: percent });
+    const read = steps.filter((one) => one.tokens_in);
+    const kept = all ? [times, points.map((p) => p.tokens_kept), points.map((p) => p.slices_kept)]
+      : [read.map(at), read.map((one) => share(one.tokens_kept, one.tokens_in)), read.map((one) => share(one.inputs_kept, one.inputs))];
+    if (kept[0].length) chart("kept", kept, ["tokens kept", "slices read"], { scale: { range: [0, 1] }, format: percent });
 
     const cost = {};
     for (const point of points) for (const [step, s] of Object.entries(point.timings_s)) cost[step] = (cost[step] || 0) + s;
-    const steps = Object.keys(cost).sort((a, b) => cost[b] - cost[a]).slice(0, 4);
-    chart("time", [times, points.map((p) => p.total_s), ...steps.map((step) => points.map((p) => p.timings_s[step] ?? null))],
-      ["all", ...steps.map((step) => step.replace("_", " "))], { scale: { range: (_, low, high) => [0, high * 1.1 || 1] }, format: seconds });
+    const dearest = Object.keys(cost).sort((a, b) => cost[b] - cost[a]).slice(0, 4);
+    if (points.length) chart("time", [times, points.map((p) => p.total_s), ...dearest.map((step) => points.map((p) => p.timings_s[step] ?? null))],
+      ["all", ...dearest.map((step) => step.replace("_", " "))], { scale: { range: (_, low, high) => [0, high * 1.1 || 1] }, format: seconds });
 
-    const span = times.at(-1) - times[0];
-    const bin = span > 20 * 86400 ? 86400 : span > 2 * 86400 ? 6 * 3600 : 3600;
     const counts = new Map();
-    const start = Math.floor(times[0] / bin) * bin, end = Math.floor(times.at(-1) / bin) * bin;
-    for (let at = start; at <= end; at += bin) counts.set(at, 0);
-    for (const time of times) { const at = Math.floor(time / bin) * bin; counts.set(at, counts.get(at) + 1); }
-    chart("throughput", [[...counts.keys()], [...counts.values()]], [bin === 3600 ? "per hour" : bin === 86400 ? "per day" : "per 6 hours"],
+    for (let time = at(steps[0]); time <= at(steps.at(-1)); time += step) counts.set(time, 0);
+    for (const one of steps) counts.set(at(one), one.analyses);
+    chart("throughput", [[...counts.keys()], [...counts.values()]], [`per ${per}`],
       { scale: { range: (_, low, high) => [0, Math.max(2, Math.ceil(high * 1.15))] }, format: (n) => (n == null ? "–" : Number.isInteger(n) ? String(n) : ""), paths: uPlot.paths.bars({ size: [0.7, 60] }) });
 
-    const groups = new Map();
-    points.forEach((point, index) => {
-      const name = point.scanner || point.protocol ? `${point.scanner || point.sender}, ${point.protocol || point.route}` : `${point.sender}, ${point.route}`;
-      if (!groups.has(name)) groups.set(name, { last: [], line: points.map(() => null) });
-      const group = groups.get(name);
-      if (point.tokens_kept == null) return;
-      group.last = [...group.last.slice(-9), point.tokens_kept];
-      group.line[index] = group.last.reduce((a, b) => a + b) / group.last.length;
-    });
-    const busiest = [...groups].slice(0, 6);
-    chart("drift", [times, ...busiest.map(([, group]) => group.line)], busiest.map(([name]) => name), { scale: { range: [0, 1] }, format: percent });
+    const moments = [...new Set(groups.map(at))].sort((a, b) => a - b);
+    const lines = new Map();
+    for (const one of groups) {
+      const name = [one.scanner, one.protocol].filter(Boolean).join(", ") || "unnamed";
+      if (!lines.has(name)) lines.set(name, { analyses: 0, line: moments.map(() => null) });
+      const group = lines.get(name);
+      group.analyses += one.analyses;
+      group.line[moments.indexOf(at(one))] = share(one.tokens_kept, one.tokens_in);
+    }
+    const busiest = [...lines].sort(([, a], [, b]) => b.analyses - a.analyses).slice(0, 6);
+    if (busiest.length) chart("drift", [moments, ...busiest.map(([, group]) => group.line)], busiest.map(([name]) => name), { scale: { range: [0, 1] }, format: percent });
+    else document.getElementById("drift").textContent = "No scanner and protocol to show here.";
   }
 
   drawAll();

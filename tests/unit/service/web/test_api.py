@@ -182,6 +182,73 @@ def test_overview_counts_what_is_there(sessions: sessionmaker[Session], client: 
     assert glance["workers"][0]["worker"] == "gpu01/7"
 
 
+@pytest.mark.parametrize(
+    ("query", "fits"),
+    [
+        ("patient_id=PID1", True),
+        ("patient_id=PID", False),
+        ("accession_number=ACC1", True),
+        ("route=default", True),
+        ("route=none", False),
+        ("destination=pacs", True),
+        ("destination=none", False),
+        ("patient_id=PID1&destination=pacs&until=2027-01-01T00:00:00Z", True),
+    ],
+)
+def test_list_is_narrowed_to_whole_values(
+    sessions: sessionmaker[Session], client: TestClient, query: str, fits: bool
+) -> None:
+    """Patient ID, accession number, route and destination, alone and together; the page takes the last two as well."""
+    study_id = add_named_study(sessions, 1)
+
+    assert found(client, query) == [study_id] * fits
+    if query.startswith(("route", "destination")):
+        assert ("DOE, JANE" in client.get(f"/studies?{query}").text) is fits
+
+
+def test_patient_is_not_looked_for_by_who_may_not_see_one(sessions: sessionmaker[Session], tmp_path: Path) -> None:
+    """An auditor learns from no filter whether a patient was here."""
+    add_named_study(sessions, 1)
+    add_user(sessions, "adam", Role.AUDITOR)
+    visitor = visit(sessions, tmp_path)
+    sign_in(visitor, "adam", address="/charts")
+
+    assert visitor.get("/api/v1/studies?patient_id=PID1").status_code == 403
+    assert visitor.get("/api/v1/studies?accession_number=ACC1").status_code == 403
+
+
+def test_charts_sum_up_every_analysis(database_url: str, tmp_path: Path) -> None:
+    """In steps, together and by scanner and protocol; also what is too old to be a point of its own."""
+    with open_database(database_url) as sessions:
+        add_user(sessions, "olga", Role.OPERATOR)
+        for number in range(3):
+            add_named_study(sessions, number)
+        clock = Clock()
+        clock.pass_time(3 * 86_400)
+        visitor = visit(sessions, tmp_path, clock=clock)
+        sign_in(visitor, "olga")
+
+        found = visitor.get("/api/v1/charts?days=7").json()
+        nothing = visitor.get("/api/v1/charts?days=2").json()
+
+    sums = {"inputs": 60, "inputs_kept": 36, "tokens_in": 960, "tokens_kept": 300}
+    assert found["step_s"] == 6 * 3600
+    assert found["steps"] == [{"at": "2026-03-01T12:00:00Z", "analyses": 3, **sums}]
+    assert found["groups"] == [{"at": "2026-03-01T12:00:00Z", "analyses": 3, "scanner": "", "protocol": "", **sums}]
+    assert (nothing["step_s"], nothing["steps"], nothing["points"]) == (3600, [], [])
+
+
+def test_alerts_are_told_without_a_patient(sessions: sessionmaker[Session], client: TestClient) -> None:
+    """What `./run alerts` shows; and the first page shows it too."""
+    add_analysis(sessions, add_study(sessions))
+
+    (told,) = (one for one in client.get("/api/v1/alerts").json()["items"] if one["kind"] == "stuck")
+
+    assert told["severity"] == "critical"
+    assert told["remedy"].startswith("see `./run explain` for study ")
+    assert told["summary"] in client.get("/").text
+
+
 def test_charts_give_the_shares_that_were_kept(sessions: sessionmaker[Session], tmp_path: Path) -> None:
     """One point per analysis that is done."""
     add_named_study(sessions, 1)
