@@ -9,6 +9,8 @@ from service.shared.messages import Flag
 
 LONGEST_TEXT = 20_000  # characters; a report of this length is a fault of the model
 REPEATS = 4  # a phrase that comes so often in a row is a loop, not a report
+# what a model writes before its answer: MedGemma 1.5, thinking variants of Qwen3-VL
+THOUGHTS = (("<unused94>", "<unused95>"), ("<think>", "</think>"))
 
 _HEADING = re.compile(r"(?im)(?:^|(?<=[.\n]))\s*[*#_]*\s*(findings|impression|conclusion)\s*[*_]*\s*:[*_]*\s*")
 _LOOP = re.compile(r"(?s)(.{12,200}?)\1{" + str(REPEATS - 1) + r",}")
@@ -28,10 +30,14 @@ class Sections:
 
 
 def parse(text: str) -> Sections:
-    """Return findings and impression. Text without headings stands whole under findings, flagged UNPARSED."""
+    """Return findings and impression. Text without headings stands whole under findings, flagged UNPARSED.
+
+    A thought before the answer is left out; of a text that ends within it nothing is left.
+    """
     flags = []
-    bounded = text.strip()[:LONGEST_TEXT]
-    if bounded != text.strip():
+    answer = _without_thought(text).strip()
+    bounded = answer[:LONGEST_TEXT]
+    if bounded != answer:
         flags.append(Flag.TRUNCATED)
     shortened = _without_loop(bounded)
     if shortened != bounded:
@@ -48,6 +54,13 @@ def parse(text: str) -> Sections:
         flags.append(Flag.UNPARSED)
     findings = "\n".join(filter(None, [before, found.get("findings", "")]))
     return Sections(findings, found.get("impression", ""), tuple(flags))
+
+
+def _without_thought(text: str) -> str:
+    for opening, closing in THOUGHTS:
+        _, ended, answer = text.rpartition(closing)
+        text = answer if ended else text.partition(opening)[0]
+    return text
 
 
 def _without_loop(text: str) -> str:

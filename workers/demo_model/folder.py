@@ -21,6 +21,7 @@ MARK = "medpruner.json"  # beside config.json: what kind of weights these are, a
 MARK_CONTENT: dict[str, Any] = {
     "name": "demonstration model",
     "weights": "demonstration",
+    "slice_names": "before",  # "SLICE 1:", image, ..., as the prompts of training
     "coded_findings": [name.value for name in FindingName],  # what it was taught to answer questions about
     "preprocessing": {
         "slabs": SLABS,

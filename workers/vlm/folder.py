@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from service.shared.messages import FindingName, Flag, ModelIdentity
 from service.shared.settings import ConfigurationError, ModelSettings
+from workers.vlm.prompt import SliceNames
 
 if TYPE_CHECKING:
     from workers.vlm.host import Host
@@ -48,6 +49,7 @@ class Opened:
     coded_findings: tuple[FindingName, ...] = ()
     limitations: tuple[str, ...] = ()
     compile: bool = False
+    slice_names: SliceNames = SliceNames.AFTER
 
 
 def open_folder(settings: ModelSettings, folder: Path | None) -> Host:
@@ -100,6 +102,7 @@ def _open(settings: ModelSettings, folder: Path, *, named: str) -> Host:
             coded_findings=tuple(FindingName(name) for name in mark.get("coded_findings", ())),
             limitations=tuple(mark.get("limitations", ())),
             compile=settings.compile,
+            slice_names=_slice_names(mark),
         )
     )
 
@@ -190,9 +193,16 @@ def _mark(folder: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{path}: not valid JSON") from error
     if not isinstance(mark, dict) or mark.get("weights") not in WEIGHT_FLAGS:
         raise ConfigurationError(f'{path}: "weights" must be one of {", ".join(WEIGHT_FLAGS)}')
+    if mark.get("slice_names", SliceNames.AFTER) not in {*SliceNames}:
+        raise ConfigurationError(f'{path}: "slice_names" must be one of {", ".join(SliceNames)}')
     if not {*mark.get("coded_findings", ())} <= {*FindingName}:
         raise ConfigurationError(f'{path}: "coded_findings" must be of {", ".join(FindingName)}')
     return mark
+
+
+def _slice_names(mark: dict[str, Any]) -> SliceNames:
+    """As the mark says; folders of ours that say nothing were trained with names before their images."""
+    return SliceNames(mark.get("slice_names", SliceNames.BEFORE if mark else SliceNames.AFTER))
 
 
 def _device(settings: ModelSettings) -> torch.device:

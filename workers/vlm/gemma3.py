@@ -96,8 +96,8 @@ class Gemma3(Host):
         return self.model.model.get_image_features(pixels, return_dict=True).pooler_output, ()
 
     def ask(self, question: str, prepared: Prepared, choice: SliceChoice, dropped: DroppedSlices) -> Prompt:
-        """MedGemma's form: the name of each slice and its image in turn, then the question."""
-        parts = slices_in_turn(choice.kept.tolist(), choice.anchor.tolist(), dropped)
+        """Images and their names in turn, in the order that the weights were trained with, then the question."""
+        parts = slices_in_turn(choice.kept.tolist(), choice.anchor.tolist(), dropped, self.opened.slice_names)
         content = [
             {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part}
             for part in joined([*parts, question])

@@ -79,3 +79,25 @@ def test_length_is_bounded_and_the_cut_is_said() -> None:
     assert len(read.findings) <= LONGEST_TEXT
     assert Flag.TRUNCATED in read.flags
     assert Flag.REPETITION not in read.flags
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        "<unused94>thought\nFindings: perhaps a mass.<unused95>",
+        "<think>Impression: a mass?</think>\n\n",
+        "A mass?</think>",
+    ],
+)
+def test_thought_before_the_answer_is_no_part_of_the_report(thought: str) -> None:
+    """MedGemma 1.5 and thinking variants of Qwen3-VL write one; its headings are not the report's."""
+    read = parse(f"{thought}Findings: Clear.\nImpression: Normal.")
+
+    assert (read.findings, read.impression, read.flags) == ("Clear.", "Normal.", ())
+
+
+def test_text_that_ends_within_a_thought_says_nothing() -> None:
+    """Half a thought must not pass for a finding."""
+    read = parse("<unused94>thought\nThere may be a mass in the")
+
+    assert (read.findings, read.impression, read.flags) == ("", "", (Flag.UNPARSED,))

@@ -87,7 +87,7 @@ def test_a_finding_that_has_no_code_is_refused(folder: Path) -> None:
         open_model(ModelSettings(), folder)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"weights": "good"}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"weights": "good"}', '{"weights": "random", "slice_names": "over"}'])
 def test_mark_that_is_not_understood_is_refused(folder: Path, content: str) -> None:
     """A mark with an unknown word must not pass as a user's own weights."""
     (folder / "medpruner.json").write_text(content)

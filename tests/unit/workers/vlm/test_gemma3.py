@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def model(folder: Path) -> Gemma3:
 
 
 def stock_inputs(model: Gemma3, stack: NDArray[np.uint8]) -> dict[str, torch.Tensor]:
-    """What the stock processor makes of the whole prompt in MedGemma's form."""
+    """What the stock processor makes of the whole prompt, names before their images as these weights want it."""
     content: list[dict[str, object]] = []
     for number, image in enumerate(stack, start=1):
         content.append({"type": "text", "text": f"SLICE {number}: "})
@@ -99,6 +100,27 @@ def test_prompt_and_pixels_are_the_stock_processors(model: Gemma3) -> None:
 
     assert torch.equal(prepared.pixels, stock["pixel_values"])
     assert torch.equal(prompt.input_ids, stock["input_ids"][0])
+
+
+def test_folder_of_a_user_gets_the_prompt_of_medgemma(folder: Path, tmp_path: Path) -> None:
+    """Image, then "SLICE 1", as Google's CT notebook for MedGemma 1.5 and its server write it."""
+    shutil.copytree(folder, tmp_path / "own")
+    (tmp_path / "own" / "medpruner.json").unlink()
+    own = open_folder(ModelSettings(device="cpu"), tmp_path / "own")
+    stack = images(2)
+    content = [
+        {"type": "image", "image": Image.fromarray(stack[0])},
+        {"type": "text", "text": "SLICE 1"},
+        {"type": "image", "image": Image.fromarray(stack[1])},
+        {"type": "text", "text": f"SLICE 2\n{QUESTION}"},
+    ]
+    stock = own.template.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+
+    prompt = own.ask(QUESTION, own.prepare(stack), keep_all(2), DroppedSlices.OMIT)
+
+    assert prompt.input_ids.tolist() == list(stock["input_ids"][0])
 
 
 def test_off_is_the_stock_model_bit_for_bit(model: Gemma3) -> None:
