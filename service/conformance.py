@@ -19,6 +19,7 @@ from pydicom.uid import (
     EncapsulatedPDFStorage,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEG2000Lossless,
     KeyObjectSelectionDocumentStorage,
     MultiFrameTrueColorSecondaryCaptureImageStorage,
     ParametricMapStorage,
@@ -55,7 +56,12 @@ SENT: dict[str, tuple[UID, ...]] = {
         ),
         (ExplicitVRLittleEndian, ImplicitVRLittleEndian),
     ),
-    MultiFrameTrueColorSecondaryCaptureImageStorage: (RLELossless, ExplicitVRLittleEndian, ImplicitVRLittleEndian),
+    MultiFrameTrueColorSecondaryCaptureImageStorage: (
+        JPEG2000Lossless,
+        RLELossless,
+        ExplicitVRLittleEndian,
+        ImplicitVRLittleEndian,
+    ),
 }
 # Statuses that a destination may answer with, one of each of our reactions
 _ANSWERS = (0x0000, 0xB000, 0xB006, 0xB007, 0x0107, 0x0116, 0xA700, 0xA900, 0xC000, 0x0122, 0x0124)
@@ -197,8 +203,9 @@ def _sending() -> Iterator[str]:
     yield "Beside the report goes what `[[route]] companions` names: none by default."
     yield ""
     yield (
-        "A result is built once and sent byte for byte the same however often it is sent. A destination that takes no "
-        "other encoding gets the same content uncompressed in Explicit, else in Implicit VR Little Endian. Where "
+        "A result is built once and sent byte for byte the same however often it is sent. A destination that does not "
+        "take its encoding gets the same content and pixels in the next one of the table that it takes; "
+        "`[[destination]] compression` names which of the compressed ones are proposed. Where "
         '`sr_sop_class` is a list or "auto", a report goes out in the first class of the list that is accepted; each '
         "class is an object with its own UID."
     )

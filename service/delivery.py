@@ -12,11 +12,10 @@ from pathlib import Path
 from threading import Event, Thread
 
 import structlog
-from pydicom import Dataset, dcmread
-from pydicom.dataset import FileMetaDataset
+from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
-from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from pynetdicom import _config, build_context
 from pynetdicom.association import Association
 from sqlalchemy import select
@@ -24,15 +23,17 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import commitment
+from service.report.encoding import transcoded
 from service.requestor import Absence, associate
 from service.shared import delivery_transitions
 from service.shared.db import Delivery, DeliveryState, Destination, Result, ResultState
 from service.shared.durable import digest
 from service.shared.log import explain_exception
-from service.shared.settings import DestinationSettings, ScpSettings, Settings, spool_folder
+from service.shared.settings import Compression, DestinationSettings, ScpSettings, Settings, spool_folder
 
 ACTOR = "service/delivery"
 BATCH = 64  # results per association
+COMPRESSED = {Compression.JPEG2000: JPEG2000Lossless, Compression.RLE: RLELossless}
 UNCOMPRESSED = (str(ExplicitVRLittleEndian), str(ImplicitVRLittleEndian))  # every node takes the last (PS3.5 10.1)
 
 _config.STORE_SEND_CHUNKED_DATASET = True  # a file's data set goes out as it lies there, never encoded again
@@ -278,7 +279,7 @@ def send(
         (result.sop_class_uid, syntax)
         for one in consignments
         for result in (one.result, *one.instead)
-        for syntax in (_transfer_syntax(data / result.path), *UNCOMPRESSED)
+        for syntax in encodings(_transfer_syntax(data / result.path), destination)
     }
     association = associate(destination, scp, [build_context(*pair) for pair in sorted(offered)])
     if isinstance(association, Absence):
@@ -294,6 +295,13 @@ def send(
     finally:
         if association.is_established:
             association.release()
+
+
+def encodings(own: str, destination: DestinationSettings) -> list[str]:
+    """In what a result may go there, best first; own: the transfer syntax of its stored bytes."""
+    forbidden = {str(syntax) for name, syntax in COMPRESSED.items() if name not in destination.compression}
+    smaller = [str(RLELossless)] if own == JPEG2000Lossless else []
+    return [one for one in dict.fromkeys((own, *smaller, *UNCOMPRESSED)) if one not in forbidden]
 
 
 def _transfer_syntax(file: Path) -> str:
@@ -316,15 +324,15 @@ def _not_supported(destination: DestinationSettings, consignment: Consignment) -
 
 
 def choose(
-    consignment: Consignment, syntaxes: Sequence[str], accepted: Set[tuple[str, str]]
+    consignment: Consignment, offered: Sequence[Sequence[str]], accepted: Set[tuple[str, str]]
 ) -> tuple[Result, str] | None:
     """What the destination is sent and in which transfer syntax, of what it accepted; None where it takes nothing.
 
-    syntaxes: of the stored bytes of the result and of those that may stand in for it. accepted: pairs of SOP class
-    and transfer syntax. The result itself goes before one that stands in, its own bytes before a new encoding.
+    offered: the encodings of the result and of those that may stand in for it, best first. accepted: pairs of SOP
+    class and transfer syntax. The result itself goes before one that stands in, its own bytes before a new encoding.
     """
-    for result, own in zip((consignment.result, *consignment.instead), syntaxes, strict=True):
-        for syntax in dict.fromkeys((own, *UNCOMPRESSED)):
+    for result, syntaxes in zip((consignment.result, *consignment.instead), offered, strict=True):
+        for syntax in syntaxes:
             if (result.sop_class_uid, syntax) in accepted:
                 return result, syntax
     return None
@@ -334,8 +342,9 @@ def _store(association: Association, destination: DestinationSettings, data: Pat
     if not association.is_established:
         return Answer(Verdict.AGAIN, None, "the association ended before this result was sent")
     accepted = {(str(one.abstract_syntax), str(one.transfer_syntax[0])) for one in association.accepted_contexts}
-    own = [_transfer_syntax(data / one.path) for one in (consignment.result, *consignment.instead)]
-    chosen = choose(consignment, own, accepted)
+    results = (consignment.result, *consignment.instead)
+    offered = [encodings(_transfer_syntax(data / one.path), destination) for one in results]
+    chosen = choose(consignment, offered, accepted)
     if chosen is None:
         return _not_supported(destination, consignment)
     result, syntax = chosen
@@ -351,7 +360,7 @@ def _store(association: Association, destination: DestinationSettings, data: Pat
         return Answer(Verdict.REFUSED, None, misfit)
     as_stored = syntax == _transfer_syntax(file)
     try:
-        status = association.send_c_store(file if as_stored else _encoded(file, syntax))
+        status = association.send_c_store(file if as_stored else transcoded(file, UID(syntax)))
     except (RuntimeError, ValueError, OSError) as error:
         return Answer(Verdict.AGAIN, None, f"the association broke while sending ({type(error).__name__})")
     if "Status" not in status:
@@ -375,15 +384,3 @@ def _other_charset(file: Path, destination: DestinationSettings) -> str | None:
         f"not sent: its text does not fit {destination.charset}, or [[destination]] {destination.name} charset "
         f"was another one when it was built; `show` names the attributes, `requeue --again` builds it anew"
     )
-
-
-def _encoded(file: Path, syntax: str) -> Dataset:
-    """The same content under the same UID (RLE is lossless) for a destination that takes no other encoding."""
-    dataset = dcmread(file)
-    if dataset.file_meta.TransferSyntaxUID.is_compressed:
-        dataset.decompress(generate_instance_uid=False)
-    elements = Dataset()  # not bound to the encoding that it was read in
-    elements.update(dataset)
-    elements.file_meta = FileMetaDataset()
-    elements.file_meta.TransferSyntaxUID = UID(syntax)
-    return elements

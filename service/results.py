@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event, Thread
+from zoneinfo import ZoneInfo
 
 import structlog
 from pydicom.dataset import Dataset
-from pydicom.uid import UID, ExplicitVRLittleEndian, RLELossless
+from pydicom.uid import UID, ExplicitVRLittleEndian
 from sqlalchemy import select
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.report import gate
+from service.report import gate, retention_map
 from service.report.charset import DoesNotFit, recoded
 from service.report.encapsulated import build_pdf, key_places
 from service.report.encoding import encode
@@ -163,7 +164,7 @@ def build(settings: Settings, sessions: sessionmaker[Session], analysis_id: int)
         raise ValueError(f"analysis {analysis_id} is `read` and has no output on record")
     else:
         output, arrays = load_output(settings.data.path / analysis.output_path, analysis.output_sha256)
-    run = _run(analysis, study, output, predecessors, changed)
+    run = _run(analysis, study, output, predecessors, changed, settings.report)
     stored: dict[str, tuple[Result, list[str]]] = {}  # by SOP Instance UID
     for made in objects(settings, analysis.route, output, arrays, source, run):
         before = stored.get(str(made.dataset.SOPInstanceUID))
@@ -221,7 +222,9 @@ def objects(
     """
     route = _route(settings, route_name)
     destinations = route_destinations(settings, route) if route else ()
-    wanted = route.companions if route and Flag.NOT_ANALYSED not in output.flags else ()
+    wanted = route.companions if route else ()
+    if Flag.NOT_ANALYSED in output.flags:  # of what no model was shown there is nothing to draw
+        wanted = tuple(companion for companion in wanted if companion is Companion.PDF)
     companions = list(_companions(wanted, output, arrays, source, settings.report, run))
     by_charset: dict[str, list[DestinationSettings]] = {}
     for destination in destinations:
@@ -316,7 +319,7 @@ def _companions(
         except ValueError as error:  # no place to draw on; the report says the same in words
             log.warning("companion_left_out", kind=companion.value, reason=type(error).__name__)
             continue
-        syntax = RLELossless if companion is Companion.SC else ExplicitVRLittleEndian
+        syntax = retention_map.TRANSFER_SYNTAX if companion is Companion.SC else ExplicitVRLittleEndian
         yield Made(companion.value, dataset, syntax, [])
 
 
@@ -358,13 +361,20 @@ def _said_of(made: Made) -> list[str]:
 
 
 def _run(
-    analysis: Analysis, study: Study, output: AnalysisOutput, predecessors: tuple[PriorDocument, ...], changed: str
+    analysis: Analysis,
+    study: Study,
+    output: AnalysisOutput,
+    predecessors: tuple[PriorDocument, ...],
+    changed: str,
+    settings: ReportSettings,
 ) -> RunIdentity:
     began = analysis.started_at or analysis.queued_at
+    of_this_machine = began.astimezone().tzinfo or UTC
     return RunIdentity(
         analysis_key=(study.study_uid, str(analysis.revision), analysis.route, str(analysis.run_number)),
         content_time=began,
         software_version=output.software_version,
+        timezone=of_this_machine if settings.timezone is None else ZoneInfo(settings.timezone),
         predecessors=predecessors,
         revision_note=changed,
     )
@@ -393,10 +403,27 @@ def _what_changed(session: Session, analysis: Analysis) -> str:
     this = f"This is revision {analysis.revision}, run {analysis.run_number}; an earlier report was on revision"
     earlier = f"{this} {before.revision}, run {before.run_number}."
     came = sum(one.revision > before.revision for one in inputs_of(session, analysis))
-    if not came:
-        return f"{earlier} The same images were read again."
     images = "1 image has" if came == 1 else f"{came} images have"
-    return f"{earlier} {images} come or changed since."
+    said = f"{images} come or changed since." if came else "The same images were read again."
+    others = _others(before, analysis)
+    return f"{earlier} {said}" + (f" Other than then: {', '.join(others)}." if others else "")
+
+
+def _others(before: Analysis, analysis: Analysis) -> list[str]:
+    """What beside the images is another than in the run before; nothing is said where one of the two has no record."""
+    pairs = {
+        "the series": (before.series_uid, analysis.series_uid),
+        "the model": (_weights(before), _weights(analysis)),
+        "the settings of the pruning": (before.pruning, analysis.pruning),
+        "the prompt": (before.prompt, analysis.prompt),
+        "the software": (before.software_version, analysis.software_version),
+    }
+    return [name for name, (then, now) in pairs.items() if then and now and then != now]
+
+
+def _weights(analysis: Analysis) -> tuple[str, str] | None:
+    model = analysis.model
+    return None if model is None else (str(model.get("name")), str(model.get("weights_sha256")))
 
 
 def _predecessors(session: Session, analysis: Analysis, study: Study) -> tuple[PriorDocument, ...]:

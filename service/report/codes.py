@@ -102,6 +102,7 @@ COUNTS: dict[str, tuple[Code, Code]] = {
 }
 MODEL_INPUT_SELECTION = _private("MP-010", "Model input selection")
 TOKEN_FRACTION = _private("MP-012", "Fraction of visual tokens kept")
+SERIES_NOT_READ = (_private("MP-014", "Series of the study not read"), Code("{series}", "UCUM", "series"))
 SLICES_SHOWN = (_private("MP-013", "Slices shown to the model"), _SLICES)
 
 # Settings of both stages: numbers with their unit, switches, and choices with their values

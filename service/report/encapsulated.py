@@ -15,7 +15,7 @@ from service.report.header import clipped, code_item, common_header, private_sch
 from service.report.identity import RunIdentity
 from service.report.pixels import SourceFrame, Wanted
 from service.report.printed import PICTURES, RGB, print_report
-from service.report.retention_map import caption, paint
+from service.report.retention_map import caption, paint, sides
 from service.report.source import SourceStudy
 from service.shared.messages import AnalysisOutput, RetentionArrays
 from service.shared.settings import Companion, ReportSettings
@@ -80,5 +80,5 @@ def _pictures(
         one = output.retention.sources[number]
         covers = cover(output.retention, arrays, one, (frame.grey.shape[0], frame.grey.shape[1]))
         said = caption(output.retention, one, number + 1)
-        drawn.append((said, paint(frame.grey, covers, said, is_shown(one))))
+        drawn.append((said, paint(frame.grey, covers, said, is_shown(one), sides(frame))))
     return drawn

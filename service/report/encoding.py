@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from io import BytesIO
+from pathlib import Path
 
 from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -46,11 +47,18 @@ def name_by_content(dataset: Dataset, *parts: str, transfer_syntax_uid: UID = Ex
     return dataset
 
 
-def uncompressed(content: bytes) -> bytes:
-    """The same object in explicit VR little endian, for a destination that refuses its transfer syntax.
+def transcoded(file: Path, transfer_syntax_uid: UID) -> Dataset:
+    """The content of a stored result in another transfer syntax, for a destination that takes its own not.
 
-    The SOP Instance UID stays: only lossless syntaxes are written here, so the pixels are the same.
+    The SOP Instance UID stays: only lossless syntaxes are ever written, so the pixels are the same.
     """
-    dataset = dcmread(BytesIO(content))
-    dataset.decompress(as_rgb=False, generate_instance_uid=False)
-    return encode(dataset)
+    dataset = dcmread(file)
+    if dataset.file_meta.TransferSyntaxUID.is_compressed:
+        dataset.decompress(generate_instance_uid=False)
+    if transfer_syntax_uid.is_compressed:
+        dataset.compress(transfer_syntax_uid, encoding_plugin="pylibjpeg", generate_instance_uid=False)
+    elements = Dataset()  # not bound to the encoding that it was read in
+    elements.update(dataset)
+    elements.file_meta = FileMetaDataset()
+    elements.file_meta.TransferSyntaxUID = transfer_syntax_uid
+    return elements

@@ -35,7 +35,7 @@ from service.report.header import MODEL_NAME, local_time
 from service.report.identity import RunIdentity
 from service.report.source import SourceStudy
 from service.report.typeface import fonts, markup
-from service.shared.messages import AnalysisOutput
+from service.shared.messages import AnalysisOutput, Flag
 from service.shared.settings import ReportSettings
 
 BANNER = "UNVERIFIED machine output, not for diagnosis"
@@ -114,8 +114,8 @@ def _draw_frame(canvas: Canvas, source: SourceStudy) -> None:
     canvas.line(_MARGIN, _MARGIN, width - _MARGIN, _MARGIN)
     name, number = _plain(source, "PatientName"), _plain(source, "PatientID")
     foot = _paragraph(f"{_person(name)} · {number} · {MODEL_NAME}, research software, not a medical device", _SMALL)
-    foot.wrap(_WIDTH - 20 * mm, 10 * mm)
-    foot.drawOn(canvas, _MARGIN, _MARGIN - 5 * mm)
+    _, height = foot.wrap(_WIDTH - 20 * mm, 10 * mm)
+    foot.drawOn(canvas, _MARGIN, _MARGIN - 1.5 * mm - height)
     canvas.setFillColor(_GREY)
     canvas.setFont("Sans", 7.5)
     canvas.drawRightString(width - _MARGIN, _MARGIN - 4 * mm, f"page {canvas.getPageNumber()}")
@@ -131,7 +131,10 @@ def _header(source: SourceStudy, output: AnalysisOutput, run: RunIdentity) -> It
     yield "Study", " ".join(filter(None, (_plain(source, "StudyDescription"), _date(_plain(source, "StudyDate")))))
     yield "Accession number", _plain(source, "AccessionNumber")
     yield "Referred by", _person(_plain(source, "ReferringPhysicianName"))
-    yield "Read by", f"{output.model.name} with {MODEL_NAME} {output.software_version}, {read:%Y-%m-%d %H:%M}"
+    if Flag.NOT_ANALYSED in output.flags:
+        yield "Refused by", f"{MODEL_NAME} {output.software_version}, {read:%Y-%m-%d %H:%M}"
+    else:
+        yield "Read by", f"{output.model.name} with {MODEL_NAME} {output.software_version}, {read:%Y-%m-%d %H:%M}"
 
 
 def _text(output: AnalysisOutput, unlisted: int, run: RunIdentity) -> Iterator[Flowable]:
@@ -147,11 +150,15 @@ def _text(output: AnalysisOutput, unlisted: int, run: RunIdentity) -> Iterator[F
     if output.limitations:
         yield _paragraph("Limits of the model", _HEADING)
         yield from (_paragraph(text, _TEXT) for text in words.limitations(output))
-    yield _paragraph("What was read", _HEADING)
-    yield from (_paragraph(text, _TEXT) for text in words.comments(output, run.revision_note, unlisted))
+    comments = words.comments(output, run.revision_note, unlisted)
+    if comments:
+        yield _paragraph("What was read", _HEADING)
+        yield from (_paragraph(text, _TEXT) for text in comments)
 
 
 def _numbers(output: AnalysisOutput) -> Iterator[Flowable]:
+    if Flag.NOT_ANALYSED in output.flags:
+        return
     counts = output.counts.model_dump()
     rows = [(said, f"{counts[field]}") for field, said in _FUNNEL.items()]
     yield KeepTogether([_paragraph("What the model was given", _HEADING), _facts(rows, narrow=True)])

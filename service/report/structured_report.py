@@ -145,6 +145,8 @@ def _model_input(
     measured = [Measurement(name, counts[field], unit) for field, (name, unit) in codes.COUNTS.items()]
     name, unit = codes.SLICES_SHOWN
     measured.append(Measurement(name, words.shown_slices(output), unit))
+    name, unit = codes.SERIES_NOT_READ
+    measured.append(Measurement(name, sum(not candidate.chosen for candidate in output.candidates), unit))
     if output.counts.tokens_in:
         fraction = output.counts.tokens_kept / output.counts.tokens_in
         measured.append(Measurement(codes.TOKEN_FRACTION, round(fraction, 6), codes.NO_UNITS))

@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
     BaseModel,
@@ -217,6 +218,13 @@ class SrSopClass(StrEnum):
     BASIC_TEXT = "basic_text"  # for display alone: no measurements, nothing coded
 
 
+class Compression(StrEnum):
+    """Lossless encodings of the colour map, smallest first; without either it goes uncompressed."""
+
+    JPEG2000 = "jpeg2000"
+    RLE = "rle"
+
+
 class DestinationSettings(Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
     ae_title: AETitle
@@ -232,6 +240,7 @@ class DestinationSettings(Section):
     sr_sop_class: SrSopClass | Literal["auto"] | Annotated[tuple[SrSopClass, ...], Field(min_length=1)] = (
         SrSopClass.COMPREHENSIVE_3D
     )
+    compression: tuple[Compression, ...] = tuple(Compression)
     concurrency: int = Field(default=1, ge=1, le=16)
     charset: str = UTF_8
     timeout_s: float = Field(default=30, gt=0)
@@ -299,6 +308,16 @@ class ReportSettings(Section):
     institution: str | None = Field(default=None, max_length=64)
     device_serial_number: str = Field(default="0", max_length=64)
     default_charset: str = "ISO_IR 100"
+    timezone: str | None = None
+
+    @field_validator("timezone")
+    @classmethod
+    def timezone_is_known(cls, name: str | None) -> str | None:
+        try:
+            _ = None if name is None else ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+            raise ValueError(f'{name!r} is no time zone of this machine; give one like "Europe/Berlin"') from error
+        return name
 
 
 class WebSettings(Section):

@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 from pydicom import Dataset, dcmread
 from pydicom.uid import (
@@ -23,6 +24,9 @@ from pydicom.uid import (
     EnhancedSRStorage,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    MultiFrameTrueColorSecondaryCaptureImageStorage,
+    RLELossless,
 )
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
@@ -148,13 +152,18 @@ class Outbox:
 
     def add(self, *contents: bytes, sop_class_uid: str = Comprehensive3DSRStorage) -> list[int]:
         """Pending deliveries of one analysis with one result for each data set."""
+        uids = [f"2.25.4000.{self.count + 1}.{number}" for number in range(len(contents))]
+        wholes = [part_10(content, sop_class_uid, uid) for content, uid in zip(contents, uids, strict=True)]
+        return self.add_whole(*wholes, sop_class_uid=sop_class_uid)
+
+    def add_whole(self, *wholes: bytes, sop_class_uid: str) -> list[int]:
+        """The same for whole files."""
         self.count += 1
         analysis_id = add_analysis(self.sessions, self.study_id, run_number=self.count)
         read(self.sessions, analysis_id)
         results = []
-        for number, content in enumerate(contents):
+        for number, whole in enumerate(wholes):
             uid = f"2.25.4000.{analysis_id}.{number}"
-            whole = part_10(content, sop_class_uid, uid)
             path = self.data / "outbox" / f"{analysis_id}-{number}.dcm"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(whole)
@@ -443,6 +452,44 @@ def test_pacs_that_takes_implicit_alone_gets_the_same_content(outbox: Outbox) ->
     stored = dcmread(outbox.file(delivery_id))
     assert [element.tag for element in received] == [element.tag for element in stored]
     assert (received.SOPInstanceUID, received.PatientName) == (uid, "Planted^Patient")
+
+
+@pytest.mark.parametrize(
+    ("taken", "compression", "sent"),
+    [
+        ((ImplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless), None, JPEG2000Lossless),
+        ((ImplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless), None, RLELossless),
+        ((ImplicitVRLittleEndian, ExplicitVRLittleEndian), None, ExplicitVRLittleEndian),
+        ((ImplicitVRLittleEndian,), None, ImplicitVRLittleEndian),
+        ((ImplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless), ("rle",), RLELossless),
+        ((ImplicitVRLittleEndian, RLELossless, JPEG2000Lossless), (), ImplicitVRLittleEndian),
+    ],
+)
+def test_a_map_arrives_with_the_same_pixels_in_what_the_destination_takes(
+    outbox: Outbox, taken: tuple[str, ...], compression: tuple[str, ...] | None, sent: str
+) -> None:
+    """Stored in JPEG 2000; the smallest lossless encoding that both sides allow."""
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
+    stored = Dataset()
+    stored.SOPClassUID = MultiFrameTrueColorSecondaryCaptureImageStorage
+    stored.SOPInstanceUID = "2.25.4000.1.0"
+    stored.Rows, stored.Columns, stored.NumberOfFrames, stored.SamplesPerPixel = 32, 32, 1, 3
+    stored.PhotometricInterpretation, stored.PlanarConfiguration, stored.PixelRepresentation = "YBR_RCT", 0, 0
+    stored.BitsAllocated, stored.BitsStored, stored.HighBit = 8, 8, 7
+    stored.compress(JPEG2000Lossless, pixels, encoding_plugin="pylibjpeg", generate_instance_uid=False)
+    whole = BytesIO()
+    stored.save_as(whole, enforce_file_format=True)
+    (delivery_id,) = outbox.add_whole(whole.getvalue(), sop_class_uid=stored.SOPClassUID)
+    changes = {} if compression is None else {"compression": compression}
+
+    with listening(Pacs(), classes=(MultiFrameTrueColorSecondaryCaptureImageStorage,), syntaxes=taken) as pacs:
+        outbox.deliver(pacs.port, **changes)
+
+    assert outbox.row(delivery_id).state is DeliveryState.DELIVERED
+    ((uid, content),) = pacs.received
+    received = dcmread(BytesIO(file_header(stored.SOPClassUID, uid, sent) + content))
+    assert uid == "2.25.4000.1.0"
+    np.testing.assert_array_equal(received.pixel_array, pixels)
 
 
 def identity(sop_class_uid: str, sop_instance_uid: str) -> bytes:

@@ -9,11 +9,12 @@ from threading import Event, Thread
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import delivery, requestor
-from service.delivery import Answer, Verdict, judge, next_attempt
+from service.delivery import Answer, Verdict, encodings, judge, next_attempt
 from service.shared import delivery_transitions
 from service.shared.db import Delivery, DeliveryState
 from service.shared.settings import DestinationSettings, Settings
@@ -29,6 +30,27 @@ STORED, AGAIN, REFUSED = Verdict.STORED, Verdict.AGAIN, Verdict.REFUSED
 def destination(**changes: object) -> DestinationSettings:
     fields = {"name": "pacs", "ae_title": "PACS", "host": "127.0.0.1", "port": 1, "timeout_s": 1}
     return DestinationSettings.model_validate(fields | changes)
+
+
+@pytest.mark.parametrize(
+    ("own", "compression", "expected"),
+    [
+        (JPEG2000Lossless, ("jpeg2000", "rle"), [JPEG2000Lossless, RLELossless]),
+        (JPEG2000Lossless, ("jpeg2000",), [JPEG2000Lossless]),
+        (JPEG2000Lossless, ("rle",), [RLELossless]),
+        (JPEG2000Lossless, (), []),
+        (RLELossless, ("jpeg2000", "rle"), [RLELossless]),
+        (RLELossless, ("jpeg2000",), []),
+        (ExplicitVRLittleEndian, ("jpeg2000", "rle"), []),
+    ],
+)
+def test_what_is_offered_is_what_the_destination_may_get(
+    own: str, compression: tuple[str, ...], expected: list[str]
+) -> None:
+    """The stored bytes first, then smaller before larger; uncompressed always."""
+    offered = encodings(own, destination(compression=compression))
+
+    assert offered == [*expected, ExplicitVRLittleEndian, ImplicitVRLittleEndian]
 
 
 @pytest.fixture

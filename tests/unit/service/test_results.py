@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pydicom
 import pytest
@@ -19,9 +20,12 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import results
+from service.alerts import AlertKind, current
+from service.report.encoding import name_by_content
 from service.report.gate import GateFinding, Severity
 from service.report.readable import walk
 from service.report.source import read_source
+from service.report.structured_report import build_sr
 from service.shared import transitions
 from service.shared.db import Analysis, AnalysisState, AuditEvent, Delivery, Instance, Result, ResultState
 from service.shared.durable import digest
@@ -397,6 +401,43 @@ def test_report_on_a_later_revision_says_how_many_images_are_new(desk: Desk) -> 
     assert "This is revision 2, run 1; an earlier report was on revision 1, run 1. 1 image has come or changed" in said
 
 
+def test_report_names_what_else_is_another_than_in_the_run_before(desk: Desk) -> None:
+    """Model, settings, prompt and software; what is the same is not named."""
+    first = desk.read()
+    desk.build(first)
+    second = desk.read(run_number=2, predecessor_id=first)
+    with desk.sessions.begin() as session:
+        before = session.get_one(Analysis, first)
+        before.model = {**(before.model or {}), "weights_sha256": "0" * 64}
+        before.pruning = {**(before.pruning or {}), "tau": 0.5}
+
+    desk.build(second)
+
+    (other,) = desk.made(second)
+    said = " ".join(str(item.TextValue) for item in walk(desk.dataset(other)) if item.ValueType == "TEXT")
+    assert "The same images were read again. Other than then: the model, the settings of the pruning." in said
+
+
+@pytest.mark.parametrize(
+    ("report", "offset"), [({"timezone": "Asia/Kolkata"}, "+0530"), ({"timezone": "UTC"}, "+0000"), ({}, None)]
+)
+def test_times_are_those_of_the_site(
+    tmp_path: Path, sessions: sessionmaker[Session], report: dict[str, str], offset: str | None
+) -> None:
+    """The start of the analysis, in the zone of the settings or of this machine: never before the study's own times."""
+    desk = desk_of(tmp_path, sessions, report=report)
+    analysis_id = desk.read()
+
+    desk.build(analysis_id)
+
+    (one,) = desk.made(analysis_id)
+    dataset = desk.dataset(one)
+    local = NOW.astimezone(ZoneInfo(report["timezone"]) if report else None)
+    assert "TimezoneOffsetFromUTC" not in dataset
+    assert (dataset.ContentDate, dataset.ContentTime[:6]) == (f"{local:%Y%m%d}", f"{local:%H%M%S}")
+    assert dataset.ContributingEquipmentSequence[-1].ContributionDateTime.endswith(offset or f"{local:%z}")
+
+
 def test_faults_of_the_source_header_are_in_the_audit(tmp_path: Path, sessions: sessionmaker[Session]) -> None:
     """By keyword and what was done, without any value; the report is built all the same."""
     desk = desk_of(tmp_path, sessions, {"PatientSex": "X", "StudyID": "much longer than SH"})
@@ -427,6 +468,30 @@ def test_report_that_fails_the_gate_is_quarantined_and_never_sent(desk: Desk, mo
     assert results.waiting(desk.sessions) == []
 
 
+def test_a_fault_of_ours_is_found_quarantined_and_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a broken tree to the alert, through the real gate: nothing is due anywhere, and nobody must look to know."""
+
+    def broken(*arguments: Any, **names: Any) -> Dataset:
+        document = build_sr(*arguments, **names)
+        for item in walk(document):
+            if item.get("RelationshipType") == "HAS OBS CONTEXT":
+                item.RelationshipType = "HAS CONCEPT MOD"
+        return name_by_content(document, "SR")
+
+    monkeypatch.setattr(results, "build_sr", broken)
+    analysis_id = desk.read()
+
+    desk.build(analysis_id)
+
+    (one,) = desk.made(analysis_id)
+    assert one.state is ResultState.QUARANTINED
+    assert "error: medpruner-pacs: Observer Type is not related by HAS OBS CONTEXT" in one.gate
+    assert desk.sent_to(one) == []
+    with desk.sessions() as session:
+        told = [alert for alert in current(session, desk.settings, NOW) if alert.kind is AlertKind.QUARANTINE]
+    assert [(alert.severity.value, str(desk.study_id) in alert.remedy) for alert in told] == [("critical", True)]
+
+
 def test_output_with_changed_bytes_is_not_reported(desk: Desk) -> None:
     """What the worker said is what its digest says, or nothing is built."""
     analysis_id = desk.read()
@@ -449,27 +514,33 @@ REPORTED = [{"name": "default", "report_refusals": True, "companions": ["sc", "p
 def test_refused_study_yields_a_report_that_says_so_where_the_route_asks_for_it(
     tmp_path: Path, sessions: sessionmaker[Session], sop_class: str
 ) -> None:
-    """The reason in words and a code, PARTIAL, every image as evidence; the analysis stays refused."""
+    """The reason in words and a code, PARTIAL, every image as evidence, printed too; the analysis stays refused.
+
+    Of the companions only the printed report has something to show.
+    """
     desk = desk_of(tmp_path, sessions, destination=[destination("a", sop_class)], route=REPORTED)
     analysis_id = desk.refused()
     assert results.refused(desk.settings, sessions, NOW) == [analysis_id]
 
     desk.build(analysis_id)
 
-    (one,) = desk.made(analysis_id)
+    one, printed = desk.made(analysis_id)
     assert (one.kind, one.state, desk.sent_to(one)) == (f"sr-{sop_class}", ResultState.BUILT, ["a"])
+    assert (printed.kind, printed.state, desk.sent_to(printed)) == ("pdf", ResultState.BUILT, ["a"])
     report = desk.dataset(one)
+    assert cited(report) >= {printed.sop_instance_uid}
     said = " ".join(str(item.TextValue) for item in walk(report) if item.ValueType == "TEXT")
     assert "UNVERIFIED machine output, not for diagnosis. NOT ANALYSED: no model was run on this study." in said
     assert "This study could not be analysed: no axial series of 8 slices or more" in said
     assert "The model was shown" not in said
     assert report.CompletionFlag == "PARTIAL"
     (evidence,) = report.CurrentRequestedProcedureEvidenceSequence
-    assert len(evidence.ReferencedSeriesSequence[0].ReferencedSOPSequence) == SLICES
+    of_series = [len(series.ReferencedSOPSequence) for series in evidence.ReferencedSeriesSequence]
+    assert sorted(of_series) == [1, SLICES]
     assert get(sessions, Analysis, analysis_id).state is AnalysisState.REFUSED
     assert results.refused(desk.settings, sessions, NOW) == []
     desk.build(analysis_id)
-    assert len(desk.made(analysis_id)) == 1
+    assert len(desk.made(analysis_id)) == 2
 
 
 @pytest.mark.parametrize("code", ["patient-mismatch", "input-removed"])

@@ -427,3 +427,12 @@ def test_character_set_that_results_cannot_be_written_in_is_refused(given: str) 
     """With the ones that can."""
     with pytest.raises(ValidationError, match="take GB18030"):
         DestinationSettings(name="a", ae_title="A", host="h", port=104, charset=given)
+
+
+@pytest.mark.parametrize("name", ["Europe/Atlantis", "", "../etc/passwd"])
+def test_a_time_zone_that_is_none_is_refused_by_name(name: str) -> None:
+    """Before any report is written in it."""
+    with pytest.raises(ValidationError, match="no time zone of this machine"):
+        settings_module.ReportSettings.model_validate({"timezone": name})
+
+    assert settings_module.ReportSettings.model_validate({"timezone": "Europe/Berlin"}).timezone == "Europe/Berlin"

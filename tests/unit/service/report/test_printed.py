@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from service.report.printed import RGB, print_report
+from service.report.refusal import refused_output
 from service.report.source import SourceStudy, read_source
 from service.report.typeface import fonts, markup
 from service.shared.messages import Flag, RegionCoverage
@@ -34,6 +35,11 @@ def text_of(content: bytes) -> str:
     return run.stdout.decode()
 
 
+def pages_of(content: bytes) -> int:
+    run = subprocess.run(["pdfinfo", "-"], input=content, capture_output=True, check=True)
+    return int(run.stdout.decode().split("Pages:")[1].split()[0])
+
+
 def test_impression_stands_first_and_begins_with_the_warning(tmp_path: Path) -> None:
     """Then findings, the limits of the model, coverage and settings; the banner is on the page."""
     said = text_of(printed(source_of(tmp_path, "Test^Case")))
@@ -55,6 +61,28 @@ def test_impression_stands_first_and_begins_with_the_warning(tmp_path: Path) -> 
         )
     ]
     assert places == sorted(places)
+
+
+def test_a_refusal_is_printed_without_what_no_model_was_given(tmp_path: Path) -> None:
+    """The reason, and no heading with nothing under it."""
+    source = source_of(tmp_path, "Test^Case")
+    output = refused_output(source, analysis_id=7, modality="CT", reason="no axial series", software_version="0.1.0")
+
+    said = text_of(print_report(output, source, ReportSettings(), {}, unlisted=0, run=RUN))
+
+    assert "This study could not be analysed: no axial series" in said
+    assert "Refused by" in said
+    assert [heading for heading in ("Read by", "What was read", "Settings", "What the model") if heading in said] == []
+
+
+def test_a_long_name_at_the_foot_stays_on_the_page(tmp_path: Path) -> None:
+    """Four lines below the rule, every character of them."""
+    name = f"{'W' * 30}^{'M' * 30}={'山' * 16}^{'太' * 16}={'や' * 16}^{'た' * 16}"
+    source = read_source(write(tmp_path, [ct_header(PatientName=name, PatientID="X" * 64)]))
+
+    content = printed(source)
+
+    assert text_of(content).replace("\n", "").replace(" ", "").count("た" * 16) == 1 + pages_of(content)
 
 
 NAMES = [

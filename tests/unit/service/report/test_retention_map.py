@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.uid import RLELossless
+from pydicom.uid import UID, ExplicitVRLittleEndian, RLELossless
 
-from service.report.encoding import encode, uncompressed
+from service.report.encoding import encode, transcoded
 from service.report.pixels import SourceFrame
-from service.report.retention_map import build_secondary_capture, caption, wanted_frames
+from service.report.retention_map import TRANSFER_SYNTAX, build_secondary_capture, caption, sides, wanted_frames
 from service.report.source import SourceStudy, read_source
 from service.shared.messages import SourceState
 from service.shared.settings import ReportSettings
@@ -24,7 +24,7 @@ from tests.report_samples import RUN, arrays_of, ct_header, output_for, write
 SHAPE = (256, 256)
 TOKENS = (4, 4)
 TILE = 64
-TEXT_ROWS = 9  # of the banner and of the caption
+EDGE = 11  # within it are the orange frame and all words
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
@@ -53,7 +53,7 @@ def build(source: SourceStudy, frames: Sequence[SourceFrame] | None = None, **ch
     capture = build_secondary_capture(
         output, arrays, source, frames_of(source) if frames is None else frames, ReportSettings(), run=RUN
     )
-    return encode(capture, RLELossless)
+    return encode(capture, TRANSFER_SYNTAX)
 
 
 def read(content: bytes) -> Dataset:
@@ -61,8 +61,8 @@ def read(content: bytes) -> Dataset:
 
 
 def inner(picture: Any) -> Any:
-    """Without the rows that hold text and the width of an orange frame."""
-    return picture[TEXT_ROWS:-TEXT_ROWS, 4:-4]
+    """Without the frame and the words."""
+    return picture[EDGE:-EDGE, EDGE:-EDGE]
 
 
 def test_kept_patches_are_clear_and_dropped_ones_dark(source: SourceStudy) -> None:
@@ -114,10 +114,60 @@ def test_every_slice_has_a_frame_in_stack_order_at_its_place(source: SourceStudy
 
 
 def test_the_banner_is_burned_into_every_frame(source: SourceStudy) -> None:
-    """White text on black in the first and the last rows."""
+    """White, above and below."""
     for picture in read(build(source)).pixel_array:
-        assert picture[:TEXT_ROWS].max() > 150
-        assert picture[-TEXT_ROWS:].max() > 150
+        assert (picture[:EDGE] == 255).all(axis=-1).any()
+        assert (picture[-EDGE:] == 255).all(axis=-1).any()
+
+
+def test_words_leave_the_orange_frame_whole(source: SourceStudy) -> None:
+    """On all four edges, two pixels wide."""
+    orange = (read(build(source)).pixel_array[1] == [255, 140, 0]).all(axis=-1)
+
+    assert all(edge.all() for edge in (orange[:2], orange[-2:], orange[:, :2], orange[:, -2:]))
+    assert not orange[2:-2, 2:-2].any()
+
+
+def test_words_cover_nothing_beside_their_own_strokes(source: SourceStudy) -> None:
+    """The anatomy between and around the letters stays."""
+    picture = read(build(source)).pixel_array[0]
+
+    strokes = np.isin(picture, (0, 255)).all(axis=-1)
+    kept = np.kron(np.arange(16).reshape(TOKENS) % 2 == 0, np.ones((TILE, TILE), bool)).astype(bool)
+    assert strokes.any()
+    assert not inner(strokes).any()
+    assert strokes[:EDGE].mean() < 0.6
+    assert (picture[kept & ~strokes] == 200).all()
+    assert picture[~kept & ~strokes].max() < 150
+
+
+@pytest.mark.parametrize(
+    ("orientation", "expected"),
+    [
+        (AXIAL, ("R", "L")),
+        ((-1.0, 0.0, 0.0, 0.0, -1.0, 0.0), ("L", "R")),
+        ((0.0, 1.0, 0.0, 0.0, 0.0, -1.0), ("A", "P")),
+        ((0.1, 0.2, -0.97, 0.0, 1.0, 0.0), ("H", "F")),
+        (None, ("", "")),
+    ],
+)
+def test_the_sides_of_the_patient_follow_the_orientation(
+    source: SourceStudy, orientation: tuple[float, ...] | None, expected: tuple[str, str]
+) -> None:
+    """Left and right edge (PS3.3 C.7.6.1.1.1); none is named where the header does not say."""
+    frame = SourceFrame("2.25.1", None, None, None, orientation, None)
+
+    assert sides(frame) == expected
+
+
+def test_a_side_is_written_at_each_edge(source: SourceStudy) -> None:
+    """Halfway down, and nothing in its place where it is unknown."""
+    without = [SourceFrame(one.sop_instance_uid, None, one.grey, None, None, None) for one in frames_of(source)]
+
+    for frames, written in ((frames_of(source), True), (without, False)):
+        picture = read(build(source, frames)).pixel_array[0]
+        white = (picture[128:140] == 255).all(axis=-1)
+        assert (white[:, :EDGE].any(), white[:, -EDGE:].any()) == (written, written)
 
 
 def test_the_words_are_in_the_header_too(source: SourceStudy) -> None:
@@ -193,15 +243,18 @@ def test_other_pixels_never_carry_the_same_uid(source: SourceStudy) -> None:
     assert first.SeriesInstanceUID == second.SeriesInstanceUID
 
 
-def test_the_uncompressed_form_has_the_same_uid_and_pixels(source: SourceStudy) -> None:
-    """For a destination that refuses RLE."""
+@pytest.mark.parametrize("syntax", [RLELossless, ExplicitVRLittleEndian])
+def test_another_encoding_has_the_same_uid_and_pixels(source: SourceStudy, tmp_path: Path, syntax: UID) -> None:
+    """For a destination that refuses JPEG 2000."""
     content = build(source)
+    (tmp_path / "map.dcm").write_bytes(content)
 
-    plain = read(uncompressed(content))
+    other = read(encode(transcoded(tmp_path / "map.dcm", syntax), syntax))
 
-    assert not plain.file_meta.TransferSyntaxUID.is_compressed
-    assert plain.SOPInstanceUID == read(content).SOPInstanceUID
-    np.testing.assert_array_equal(plain.pixel_array, read(content).pixel_array)
+    assert other.file_meta.TransferSyntaxUID == syntax
+    assert other.PhotometricInterpretation == "RGB"
+    assert other.SOPInstanceUID == read(content).SOPInstanceUID
+    np.testing.assert_array_equal(other.pixel_array, read(content).pixel_array)
 
 
 def test_wanted_frames_follow_the_stack(source: SourceStudy) -> None:

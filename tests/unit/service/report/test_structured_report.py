@@ -178,6 +178,7 @@ def test_counts_and_settings_stand_as_numbers_and_codes(source: SourceStudy) -> 
     assert values(document, codes.COUNTS["tokens_kept"][0]) == ["16"]
     assert values(document, codes.TOKEN_FRACTION) == ["0.25"]
     assert values(document, codes.SLICES_SHOWN[0]) == ["2"]
+    assert values(document, codes.SERIES_NOT_READ[0]) == ["1"]
     assert values(document, codes.PRUNING_NUMBERS["gamma"][0]) == ["0.05"]
     method, methods = codes.PRUNING_CHOICES["method"]
     assert values(document, method) == [methods["medpruner"].value]
