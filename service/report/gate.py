@@ -31,6 +31,32 @@ from service.report.validation_mode import values_as_they_are
 
 _TIMEOUT_S = 60
 _LONGEST = {"SH": 16, "LO": 64, "PN": 64}  # characters (PS3.5 6.2)
+# What IHE AI Results asks of the algorithm's item of Contributing Equipment Sequence
+_OF_EQUIPMENT = ("Manufacturer", "ManufacturerModelName", "SoftwareVersions", "DeviceUID")
+_ROOTS = {False: (codes.IMAGING_MEASUREMENT_REPORT, "1500"), True: (codes.DIAGNOSTIC_IMAGING_REPORT, "2000")}
+_RELATIONSHIPS: dict[str, tuple[Code, ...]] = {
+    "HAS CONCEPT MOD": (
+        codes.LANGUAGE,
+        codes.PROCEDURE_REPORTED,
+        codes.ALGORITHM_NAME,
+        codes.ALGORITHM_VERSION,
+        codes.ALGORITHM_PARAMETERS,
+    ),
+    "HAS OBS CONTEXT": (
+        codes.OBSERVER_TYPE,
+        codes.DEVICE_OBSERVER_UID,
+        codes.TRACKING_IDENTIFIER,
+        codes.TRACKING_UNIQUE_IDENTIFIER,
+    ),
+    "CONTAINS": (
+        codes.MEASUREMENT_GROUP,
+        codes.SOURCE_OF_MEASUREMENT,
+        codes.PRESENCE,
+        codes.DIAMETER,
+        codes.FINDING,
+        codes.IMPRESSION,
+    ),
+}
 _SR_CLASSES = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.88\.")
 
 
@@ -239,11 +265,15 @@ def _assertions(dataset: Dataset, evidence: Collection[str] | None, charset: str
     yield from (f"{keyword} holds a replacement character" for keyword in sorted(lost))
     long = {element.keyword for element in dataset.iterall() if _too_long(element)}
     yield from (f"{keyword} is longer than its VR allows" for keyword in sorted(long))
-    if not any(
-        _is_code(item.get("PurposeOfReferenceCodeSequence"), codes.PROCESSING_EQUIPMENT)
+    processing = [
+        item
         for item in dataset.get("ContributingEquipmentSequence") or []
-    ):
+        if _is_code(item.get("PurposeOfReferenceCodeSequence"), codes.PROCESSING_EQUIPMENT)
+    ]
+    if not processing:
         yield "ContributingEquipmentSequence does not name the processing equipment"
+    for item in processing:
+        yield from (f"the processing equipment has no {keyword}" for keyword in _OF_EQUIPMENT if not item.get(keyword))
     sop_class_uid = str(dataset.get("SOPClassUID", ""))
     if sop_class_uid == KeyObjectSelectionDocumentStorage:
         yield from _assertions_on_evidence(dataset, list(walk(dataset)), None)
@@ -257,6 +287,7 @@ def _assertions_on_report(document: Dataset, evidence: Collection[str] | None) -
     if document.get("PreliminaryFlag") != "PRELIMINARY":
         yield "PreliminaryFlag is not PRELIMINARY"
     items = list(walk(document))
+    yield from _assertions_on_template(document, items)
     if not _valued(items, codes.LANGUAGE):
         yield "no Language of Content Item and Descendants"
     if not any(_is_code(item.ConceptCodeSequence, codes.DEVICE) for item in _valued(items, codes.OBSERVER_TYPE)):
@@ -270,6 +301,19 @@ def _assertions_on_report(document: Dataset, evidence: Collection[str] | None) -
     if document.get("SOPClassUID") != BasicTextSRStorage:
         yield from _assertions_on_measurements(items)
     yield from _assertions_on_evidence(document, items, evidence)
+
+
+def _assertions_on_template(document: Dataset, items: list[Dataset]) -> Iterator[str]:
+    """The root, and how each item that a reader looks for is related to what it stands under."""
+    title, template = _ROOTS[document.get("SOPClassUID") == BasicTextSRStorage]
+    if not _is_code(document.get("ConceptNameCodeSequence"), title):
+        yield f"the title is not {title.meaning}"
+    if [item.get("TemplateIdentifier") for item in document.get("ContentTemplateSequence") or []] != [template]:
+        yield f"the root template is not TID {template}"
+    for relationship, names in _RELATIONSHIPS.items():
+        for name in names:
+            if any(item.get("RelationshipType") != relationship for item in _valued(items, name)):
+                yield f"{name.meaning} is not related by {relationship}"
 
 
 def _assertions_on_measurements(items: list[Dataset]) -> Iterator[str]:

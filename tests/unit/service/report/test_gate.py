@@ -117,6 +117,31 @@ def long_description(document: Dataset) -> None:
     document[0x0008103E].value = "x" * 65
 
 
+def no_device_uid(document: Dataset) -> None:
+    del document.ContributingEquipmentSequence[-1].DeviceUID
+
+
+def other_title(document: Dataset) -> None:
+    document.ConceptNameCodeSequence[0].CodeValue = "126001"
+
+
+def other_template(document: Dataset) -> None:
+    document.ContentTemplateSequence[0].TemplateIdentifier = "1501"
+
+
+def loose_procedure(document: Dataset) -> None:
+    item(document, codes.PROCEDURE_REPORTED).RelationshipType = "HAS OBS CONTEXT"
+
+
+def loose_tracking(document: Dataset) -> None:
+    item(document, codes.TRACKING_UNIQUE_IDENTIFIER).RelationshipType = "CONTAINS"
+
+
+def listed_twice(document: Dataset) -> None:
+    series = document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0]
+    series.ReferencedSOPSequence = [*series.ReferencedSOPSequence, series.ReferencedSOPSequence[0]]
+
+
 DEFECTS: list[tuple[Callable[[Dataset], None], str]] = [
     (verified, "VerificationFlag is not UNVERIFIED"),
     (final, "PreliminaryFlag is not PRELIMINARY"),
@@ -128,6 +153,12 @@ DEFECTS: list[tuple[Callable[[Dataset], None], str]] = [
     (person, "Observer Type is not Device"),
     (latin, "SpecificCharacterSet is not ISO_IR 192"),
     (no_equipment, "ContributingEquipmentSequence does not name the processing equipment"),
+    (no_device_uid, "the processing equipment has no DeviceUID"),
+    (other_title, "the title is not Imaging Measurement Report"),
+    (other_template, "the root template is not TID 1500"),
+    (loose_procedure, "Procedure Reported is not related by HAS CONCEPT MOD"),
+    (loose_tracking, "Tracking Unique Identifier is not related by HAS OBS CONTEXT"),
+    (listed_twice, "an instance is listed twice as evidence"),
     (no_completion_flag, "Element=<CompletionFlag>"),
     (empty_meaning, "Element=<CodeMeaning>"),
     (long_description, "Length invalid for this VR = 65, expected <= 64"),
