@@ -33,6 +33,7 @@ CSRF_HEADER = "X-CSRF-Token"
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]", "::1", "testserver"}
 MOST_VIEWS = 10_000
 ONE_LOOK = timedelta(minutes=10)
+THE_AUDIT, THE_FIRST_PAGE = 0, -1  # where a look is at no study
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -52,7 +53,7 @@ PERMISSIONS: dict[Role, frozenset[Permission]] = {
 
 @dataclass(slots=True)
 class RecentViews:
-    """Who looked at which study lately (0: at the audit): the many requests of one look are one view in the audit."""
+    """Who looked at which study lately, or at THE_AUDIT: the many requests of one look are one view in the audit."""
 
     _seen: dict[tuple[str, int], datetime] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
@@ -197,16 +198,24 @@ ConfigurationReader = Annotated[Visitor, Depends(_need(Permission.CONFIGURATION)
 TheWeb = Annotated[Web, Depends(the_web)]
 
 
-def record_look(web: Web, who: Visitor, study_id: int, analysis_id: int) -> None:
+def record_look(web: Web, who: Visitor, study_id: int, analysis_id: int | None = None) -> None:
     """A part of a study is shown, a slice for instance: on record unless this visitor looked at it a moment ago."""
     if web.recent_views.is_new(who.actor, study_id, web.clock()):
-        record_view(web, AuditKind.STUDY_VIEWED, who, study_id=study_id, analysis_id=analysis_id)
+        which = {} if analysis_id is None else {"analysis_id": analysis_id}
+        record_view(web, AuditKind.STUDY_VIEWED, who, study_id=study_id, **which)
 
 
 def record_audit_read(web: Web, who: Visitor) -> None:
     """Somebody reads the audit: on record unless this visitor read it a moment ago."""
-    if web.recent_views.is_new(who.actor, 0, web.clock()):
+    if web.recent_views.is_new(who.actor, THE_AUDIT, web.clock()):
         record_view(web, AuditKind.AUDIT_READ, who)
+
+
+def record_list(web: Web, who: Visitor, studies: int, *, again: bool = False) -> None:
+    """Studies are listed with what names their patients; again: by a page that refreshes itself, which is one look."""
+    is_new = web.recent_views.is_new(who.actor, THE_FIRST_PAGE, web.clock())
+    if who.sees_content and (is_new or not again):
+        record_view(web, AuditKind.STUDIES_LISTED, who, studies=studies)
 
 
 def record_view(web: Web, kind: AuditKind, who: Visitor, **what: int | str) -> None:

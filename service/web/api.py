@@ -33,6 +33,7 @@ from service.web.access import (
     Visitor,
     Web,
     record_audit_read,
+    record_list,
     record_look,
     record_view,
 )
@@ -127,8 +128,7 @@ def get_studies(
             session, which, before=_before(cursor), limit=limit, by_identifier=who.sees_content
         )
         page = StudyPage(items=[study_summary(row, who) for row in rows], next=_cursor(following))
-    if who.sees_content:
-        record_view(web, AuditKind.STUDIES_LISTED, who, studies=len(page.items))
+    record_list(web, who, len(page.items))
     return _answer(request, page)
 
 

@@ -23,7 +23,18 @@ from service.shared.messages import AnalysisOutput, Flag
 from service.shared.settings import leaves, routes, spool_folder
 from service.situation import look
 from service.web import accounts, images, queries
-from service.web.access import COOKIE, Permission, Visitor, Web, find_visitor, record_audit_read, record_view, the_web
+from service.web.access import (
+    COOKIE,
+    Permission,
+    Visitor,
+    Web,
+    find_visitor,
+    record_audit_read,
+    record_list,
+    record_look,
+    record_view,
+    the_web,
+)
 from service.web.accounts import AccountError
 from service.web.health import check_all
 from service.web.oidc import CALLBACK, NotSignedIn
@@ -207,8 +218,7 @@ def overview_page(request: Request) -> Response:
         destinations = queries.destinations(session, web.settings.destination)
         rows, _ = queries.list_studies(session, StudyFilter(), before=None, limit=8, by_identifier=False)
         studies = [study_summary(row, who) for row in rows]
-    if who.sees_content and "poll" not in request.query_params:
-        record_view(web, AuditKind.STUDIES_LISTED, who, studies=len(studies))
+    record_list(web, who, len(studies), again="poll" in request.query_params)
     return _page(
         request,
         "overview.html",
@@ -259,8 +269,7 @@ def studies_page(
             by_identifier=who.sees_content,
         )
         studies = [study_summary(row, who) for row in rows]
-    if who.sees_content:
-        record_view(web, AuditKind.STUDIES_LISTED, who, studies=len(studies))
+    record_list(web, who, len(studies))
     chosen = {"q": text, "state": state, "sender": sender, "since": since, "until": until}
     chosen |= {"route": route, "destination": destination}
     more = None
@@ -297,7 +306,9 @@ def study_page(request: Request, study_id: int, analysis: Annotated[int | None, 
         events, _ = queries.list_events(session, study_id=study_id, limit=200)
     chosen = _chosen(story.analyses, analysis)
     output = _output(web, chosen)
-    if "poll" not in request.query_params:
+    if "poll" in request.query_params:  # the page refreshes itself: a part of the look that began with it
+        record_look(web, who, study_id)
+    else:
         record_view(web, AuditKind.STUDY_VIEWED, who, study_id=study_id)
     running = story.state == "receiving" or any(one.state in ("queued", "running", "read") for one in story.analyses)
     pending = any(d.state == "pending" for a in story.analyses for r in a.results for d in r.deliveries)

@@ -212,3 +212,21 @@ def test_markup_in_names_and_reports_is_text(sqlite_url: str, tmp_path: Path) ->
     assert "<script>alert" not in pages
     assert "<img src=x" not in pages
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in pages
+
+
+def test_page_that_refreshes_itself_is_one_look_and_never_none(sessions: sessionmaker[Session], tmp_path: Path) -> None:
+    """Asking for the refresh alone is on record as well: no address shows a patient without a trace."""
+    add_user(sessions, "vera", Role.VIEWER)
+    clock = Clock()
+    visitor = visit(sessions, tmp_path, clock=clock)
+    sign_in(visitor, "vera", address="/charts")
+    for _ in range(3):
+        assert "DOE, JANE" in visitor.get("/studies/1?poll=1").text
+        assert "DOE, JANE" in visitor.get("/?poll=1").text
+        clock.pass_time(3)
+    assert kinds(sessions, actor="web/vera")[1:] == ["study-viewed", "studies-listed"]
+
+    clock.pass_time(700)
+    visitor.get("/studies/1?poll=1")
+
+    assert kinds(sessions, actor="web/vera")[-1] == "study-viewed"
