@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -12,11 +13,22 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.shared import delivery_transitions
+from service.shared import delivery_transitions, transitions
 from service.shared.db import Delivery, Role
 from service.shared.settings import DataSettings, DestinationSettings, Settings, WebSettings, database_url
 from service.web.app import serve_web
-from tests.rows import ACTOR, NOW, event, kinds, open_database
+from tests.rows import (
+    ACTOR,
+    NOW,
+    add_analysis,
+    add_study,
+    claimed,
+    event,
+    finish,
+    kinds,
+    open_database,
+    output,
+)
 from tests.servers import free_port
 from tests.web_study import ACCESSION, add_real_study
 from tests.web_visits import PASSWORD, add_user
@@ -240,6 +252,36 @@ def _deliver_again(served: Served) -> None:
     with served.sessions.begin() as session:
         delivery = session.get_one(Delivery, 1)
         assert delivery_transitions.close_delivered(session, delivery, status=0, note=None, now=NOW, actor=ACTOR)
+
+
+def test_charts_show_weeks_and_a_drift(browser: Browser, served: Served) -> None:
+    """Every analysis of the period in steps of six hours, and a line for each scanner with its protocol."""
+    now = datetime.now(UTC)
+    for number in range(60):
+        scanner = ("Somatom Force, CT01", "Revolution, CT02")[number % 2]
+        kept = 96 if number % 2 and number > 40 else 280 + 7 * (number % 5)  # the second one drifts
+        _read_one(served, f"2.25.88{number}", now - timedelta(hours=11 * (60 - number)), scanner, kept)
+    page, outside = signed_in(browser, served, DESKTOP, "light")
+    page.goto("/charts?days=30")
+
+    expect(page.locator(".chart canvas")).to_have_count(4)
+    expect(page.locator("#drift .u-legend")).to_contain_text("Revolution, CT02, Thorax")
+    expect(page.locator("#drift-hint")).to_contain_text("mean of every 6 hours")
+    assert outside == []
+    picture(page, "desktop-charts-of-weeks")
+
+
+def _read_one(served: Served, study_uid: str, at: datetime, scanner: str, kept: int) -> None:
+    """A study that was read and done then."""
+    analysis_id = add_analysis(served.sessions, add_study(served.sessions, study_uid, first_received_at=at), now=at)
+    held = claimed(served.sessions, analysis_id, now=at)
+    said = output(analysis_id=analysis_id, scanner=scanner, protocol="Thorax")
+    said = said.model_copy(update={"counts": said.counts.model_copy(update={"tokens_in": 1000, "tokens_kept": kept})})
+    with served.sessions.begin() as session:
+        assert transitions.close_read(
+            session, held, said, output_path="x", output_sha256="0", now=at + timedelta(seconds=40), actor=ACTOR
+        )
+    assert finish(served.sessions, analysis_id, now=at)
 
 
 def test_sign_in_is_throttled_in_words(browser: Browser, served: Served) -> None:

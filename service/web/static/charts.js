@@ -34,11 +34,12 @@ addEventListener("DOMContentLoaded", async () => {
     return ticks.map((at) => format.format(at * 1000));
   }
 
-  function chart(id, data, series, { scale, format, paths }) {
+  function chart(id, data, series, { scale, format, paths, gap, dots }) {
     const place = document.getElementById(id);
     const axis = { stroke: token("--muted"), grid: { stroke: token("--line"), width: 1 }, ticks: { show: false }, font: "12px system-ui" };
     const first = data[0][0], last = data[0].at(-1);
-    const range = first === last ? [first - 3600, last + 3600] : [first - (last - first) * 0.03, last + (last - first) * 0.03];
+    const alone = gap || 3600; // where there is nothing beside it
+    const range = first === last ? [first - alone, last + alone] : [first - (last - first) * 0.03, last + (last - first) * 0.03];
     drawn.push(new uPlot({
       width: place.clientWidth,
       height: 250,
@@ -52,9 +53,9 @@ addEventListener("DOMContentLoaded", async () => {
           label: one,
           stroke: token(`--chart-${1 + (index % 6)}`),
           fill: paths ? token(`--chart-${1 + (index % 6)}`) : undefined,
-          width: paths ? 0 : 2,
+          width: paths || dots ? 0 : 2,
           paths,
-          points: paths ? { show: false } : { size: 6, fill: token(`--chart-${1 + (index % 6)}`) },
+          points: paths ? { show: false } : { show: dots || undefined, size: dots ? 4 : 6, fill: token(`--chart-${1 + (index % 6)}`) },
           spanGaps: true,
           value: (_, value) => format(value),
         })),
@@ -68,31 +69,31 @@ addEventListener("DOMContentLoaded", async () => {
     const read = steps.filter((one) => one.tokens_in);
     const kept = all ? [times, points.map((p) => p.tokens_kept), points.map((p) => p.slices_kept)]
       : [read.map(at), read.map((one) => share(one.tokens_kept, one.tokens_in)), read.map((one) => share(one.inputs_kept, one.inputs))];
-    if (kept[0].length) chart("kept", kept, ["tokens kept", "slices read"], { scale: { range: [0, 1] }, format: percent });
+    if (kept[0].length) chart("kept", kept, ["tokens kept", "slices read"], { gap: all ? 0 : step, dots: all, scale: { range: [0, 1] }, format: percent });
 
     const cost = {};
     for (const point of points) for (const [step, s] of Object.entries(point.timings_s)) cost[step] = (cost[step] || 0) + s;
     const dearest = Object.keys(cost).sort((a, b) => cost[b] - cost[a]).slice(0, 4);
     if (points.length) chart("time", [times, points.map((p) => p.total_s), ...dearest.map((step) => points.map((p) => p.timings_s[step] ?? null))],
-      ["all", ...dearest.map((step) => step.replace("_", " "))], { scale: { range: (_, low, high) => [0, high * 1.1 || 1] }, format: seconds });
+      ["all", ...dearest.map((step) => step.replace("_", " "))], { dots: true, scale: { range: (_, low, high) => [0, high * 1.1 || 1] }, format: seconds });
 
     const counts = new Map();
     for (let time = at(steps[0]); time <= at(steps.at(-1)); time += step) counts.set(time, 0);
     for (const one of steps) counts.set(at(one), one.analyses);
     chart("throughput", [[...counts.keys()], [...counts.values()]], [`per ${per}`],
-      { scale: { range: (_, low, high) => [0, Math.max(2, Math.ceil(high * 1.15))] }, format: (n) => (n == null ? "–" : Number.isInteger(n) ? String(n) : ""), paths: uPlot.paths.bars({ size: [0.7, 60] }) });
+      { gap: step, scale: { range: (_, low, high) => [0, Math.max(2, Math.ceil(high * 1.15))] }, format: (n) => (n == null ? "–" : Number.isInteger(n) ? String(n) : ""), paths: uPlot.paths.bars({ size: [0.7, 60] }) });
 
     const moments = [...new Set(groups.map(at))].sort((a, b) => a - b);
     const lines = new Map();
     for (const one of groups) {
-      const name = [one.scanner, one.protocol].filter(Boolean).join(", ") || "unnamed";
+      const name = [one.scanner, one.protocol].filter(Boolean).join(", ") || "unnamed scanner";
       if (!lines.has(name)) lines.set(name, { analyses: 0, line: moments.map(() => null) });
       const group = lines.get(name);
       group.analyses += one.analyses;
       group.line[moments.indexOf(at(one))] = share(one.tokens_kept, one.tokens_in);
     }
     const busiest = [...lines].sort(([, a], [, b]) => b.analyses - a.analyses).slice(0, 6);
-    if (busiest.length) chart("drift", [moments, ...busiest.map(([, group]) => group.line)], busiest.map(([name]) => name), { scale: { range: [0, 1] }, format: percent });
+    if (busiest.length) chart("drift", [moments, ...busiest.map(([, group]) => group.line)], busiest.map(([name]) => name), { gap: step, scale: { range: [0, 1] }, format: percent });
     else document.getElementById("drift").textContent = "No scanner and protocol to show here.";
   }
 
