@@ -255,8 +255,9 @@ def aftermath(tmp_path_factory: pytest.TempPathFactory, random_model: Path, stor
 def keep_less_than_before(service: Service) -> None:
     """His scanner and protocol, as they were read: ten days ago twice as much of the tokens was kept."""
     with service.sessions.begin() as session:
-        read = session.scalars(select(Acquisition)).one()
-        other = session.scalars(select(Analysis.id).where(Analysis.id != read.analysis_id).limit(1)).one()
+        read = session.scalars(select(Acquisition).limit(1)).one()
+        without = Analysis.id.not_in(select(Acquisition.analysis_id))
+        other = session.scalars(select(Analysis.id).where(without).limit(1)).one()
         columns = {column.key: getattr(read, column.key) for column in Acquisition.__mapper__.column_attrs}
         columns |= {"analysis_id": other, "at": read.at - timedelta(days=10), "tokens_kept": 2 * read.tokens_kept}
         session.add(Acquisition(**columns))
@@ -265,7 +266,8 @@ def keep_less_than_before(service: Service) -> None:
 def provoke_faults(service: Service, port: int) -> Iterator[str]:
     """What the web answers where it breaks on a value that holds him, and where it is asked for him."""
     with service.sessions.begin() as session:
-        broken = session.scalars(select(Analysis).where(Analysis.counts.is_not(None))).one()
+        read = select(Acquisition.analysis_id).limit(1)
+        broken = session.get_one(Analysis, session.scalars(read).one())
         study_id, counts = broken.study_id, broken.counts
         broken.counts = "Zqxname^Planted=植木"  # type: ignore[assignment]  # what no shape allows
     for address, status in (
