@@ -92,6 +92,10 @@ ALLOWED_WARNINGS: tuple[tuple[re.Pattern[str], str], ...] = (
         "the source's own word, copied as it is",
     ),
     (
+        re.compile(r"Unrecognized defined term <[^>]*> for value \d+ of attribute <Lossy Image Compression Method>"),
+        "the source's own word, copied as it is",
+    ),
+    (
         re.compile(r"is only permitted to be empty when actually unknown; .* - attribute <Laterality>"),
         "the source does not say: it is actually unknown",
     ),

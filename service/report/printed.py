@@ -97,7 +97,7 @@ def print_report(
     flow += _text(output, unlisted, run)
     flow += _numbers(output)
     flow += _pictures(pictures)
-    document.build(flow)
+    document.build(flow, canvasmaker=_Counted)
     return buffer.getvalue()
 
 
@@ -116,10 +116,28 @@ def _draw_frame(canvas: Canvas, source: SourceStudy) -> None:
     foot = _paragraph(f"{_person(name)} · {number} · {MODEL_NAME}, research software, not a medical device", _SMALL)
     _, height = foot.wrap(_WIDTH - 20 * mm, 10 * mm)
     foot.drawOn(canvas, _MARGIN, _MARGIN - 1.5 * mm - height)
-    canvas.setFillColor(_GREY)
-    canvas.setFont("Sans", 7.5)
-    canvas.drawRightString(width - _MARGIN, _MARGIN - 4 * mm, f"page {canvas.getPageNumber()}")
     canvas.restoreState()
+
+
+class _Counted(Canvas):  # type: ignore[misc]
+    """Says on every page how many there are, which is known after the last one: pages are finished then."""
+
+    def __init__(self, *arguments: Any, **names: Any) -> None:
+        super().__init__(*arguments, **names)
+        self._drawn: list[dict[str, Any]] = []
+
+    def showPage(self) -> None:  # the library's name
+        self._drawn.append(dict(self.__dict__))
+        self._startPage()
+
+    def save(self) -> None:
+        for number, page in enumerate(self._drawn, 1):
+            self.__dict__.update(page)
+            self.setFillColor(_GREY)
+            self.setFont("Sans", 7.5)
+            self.drawRightString(A4[0] - _MARGIN, _MARGIN - 4 * mm, f"page {number} of {len(self._drawn)}")
+            super().showPage()
+        super().save()
 
 
 def _header(source: SourceStudy, output: AnalysisOutput, run: RunIdentity) -> Iterator[tuple[str, str]]:

@@ -75,6 +75,18 @@ def test_a_refusal_is_printed_without_what_no_model_was_given(tmp_path: Path) ->
     assert [heading for heading in ("Read by", "What was read", "Settings", "What the model") if heading in said] == []
 
 
+def test_every_page_says_how_many_there_are(tmp_path: Path) -> None:
+    """So that a lost one is missed; whose report it is stands on each."""
+    pictures = {f"Slice {number}": np.full((64, 64, 3), number, np.uint8) for number in range(12)}
+
+    content = printed(source_of(tmp_path, "Test^Case"), pictures)
+
+    pages = text_of(content).split("\f")[:-1]
+    assert len(pages) == pages_of(content) > 1
+    assert [f"page {number} of {len(pages)}" in page for number, page in enumerate(pages, 1)] == [True] * len(pages)
+    assert all("Test Case" in page for page in pages)
+
+
 def test_a_long_name_at_the_foot_stays_on_the_page(tmp_path: Path) -> None:
     """Four lines below the rule, every character of them."""
     name = f"{'W' * 30}^{'M' * 30}={'山' * 16}^{'太' * 16}={'や' * 16}^{'た' * 16}"
