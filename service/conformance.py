@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from xml.etree import ElementTree
 
 from pydicom._uid_dict import UID_dictionary
 from pydicom.dataelem import DataElement
@@ -33,6 +35,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 )
 
 from service import commitment, receiver
+from service.atna import Event, Node, Peer, StudyObject, messages
 from service.delivery import Verdict, judge
 from service.report import codes, example, words
 from service.report.attributes import Action
@@ -40,8 +43,26 @@ from service.report.gate import ALLOWED_WARNINGS
 from service.report.identity import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from service.report.readable import walk
 from service.report.structured_report import SOP_CLASSES
+from service.shared.audit import AuditKind
 from service.shared.settings import CHARSETS, UTF_8, ReportSettings, Settings
 
+AUDIT_MESSAGES = {  # PS3.15 A.5.3.1 to A.5.3.15, in this order
+    "110100": "Application Activity",
+    "110101": "Audit Log Used",
+    "110102": "Begin Transferring DICOM Instances",
+    "110106": "Data Export",
+    "110107": "Data Import",
+    "110103": "DICOM Instances Accessed",
+    "110104": "DICOM Instances Transferred",
+    "110105": "DICOM Study Deleted",
+    "110108": "Network Entry",
+    "110112": "Query",
+    "110113": "Security Alert",
+    "110114": "User Authentication",
+    "110109": "Order Record",
+    "110110": "Patient Record",
+    "110111": "Procedure Record",
+}
 PUSH_MODEL, FIND = UID(StorageCommitmentPushModel), UID(StudyRootQueryRetrieveInformationModelFind)
 # What we send as SCU, with the transfer syntaxes proposed; which of them a destination gets is its own setting
 SENT: dict[str, tuple[UID, ...]] = {
@@ -98,6 +119,7 @@ def statement(settings: Settings) -> str:
         _templates(),
         _text_and_uids(),
         _security_and_limits(),
+        _audit_messages(),
     )
     return "\n".join(line for part in parts for line in part) + "\n"
 
@@ -475,6 +497,32 @@ def _security_and_limits() -> Iterator[str]:
     )
     yield "- Private codes are to be replaced by standard ones where the Standard has them."
     yield "- No commercial PACS and no viewer was tested."
+
+
+def _audit_messages() -> Iterator[str]:
+    """PS3.2 N.11.2.2: which message of PS3.15 A.5.3 is sent for which events of ours, as atna.py makes them."""
+    node = Node("MEDPRUNER", "medpruner-pacs", "localhost", "medpruner-pacs")
+    sent: dict[str, list[str]] = {}
+    for kind in AuditKind:
+        event = Event(kind, datetime.fromtimestamp(0, UTC), "us", {}, StudyObject("2.25.1"), Peer("THEM", "192.0.2.1"))
+        for message in messages(event, node):
+            code = ElementTree.fromstring(message).find("EventIdentification/EventID")
+            sent.setdefault("" if code is None else code.attrib["csd-code"], []).append(f"`{kind}`")
+    yield ""
+    yield "### Audit messages"
+    yield ""
+    yield (
+        "Audit Trail Message Format Profile (PS3.15 A.5), sent by syslog (RFC 5424) over TLS (RFC 5425) where `[audit] "
+        "syslog_host` names a repository; triggers and content cannot be configured. Events: `docs/operations.md`."
+    )
+    yield ""
+    yield from _table(
+        ("Audit message", "Section", "Used", "Events"),
+        [
+            (name, f"A.5.3.{number}", "Y" if code in sent else "N", ", ".join(sent.get(code, ("-",))))
+            for number, (code, name) in enumerate(AUDIT_MESSAGES.items(), start=1)
+        ],
+    )
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:

@@ -30,6 +30,7 @@ from service.shared.db import Delivery, Result
 from service.shared.durable import digest
 from service.shared.messages import Flag
 from service.shared.settings import DestinationSettings, ReportSettings, ScpSettings, Settings, SrSopClass
+from tests import audit_schema
 from tests.receiving import SENDER, running
 from tests.report_samples import BODY, HEAD, RUN, arrays_of, output_for
 
@@ -214,3 +215,11 @@ def test_every_class_that_we_build_is_named() -> None:
     text = conformance.statement(Settings())
 
     assert all(UID(uid).name in text for uid in conformance.SENT)
+
+
+def test_audit_messages_that_are_sent_are_named_by_their_sections() -> None:
+    """Those of the grammar that every message is held against, and no other."""
+    text = conformance.statement(Settings())
+    used = {line.split(" | ")[1] for line in text.splitlines() if line.startswith("| ") and " | Y | `" in line}
+
+    assert used == {one.section for one in audit_schema.MESSAGES.values()}
