@@ -44,6 +44,7 @@ SERIES_DESCRIPTION = "AI model input, not for diagnosis"
 # Grey written three times costs nothing in it; RLE, 2 to 3 times as long, is what delivery falls back to
 TRANSFER_SYNTAX = JPEG2000Lossless
 BANNER = "NOT FOR DIAGNOSIS. Patches given to the model, not an explanation."
+COLOURS = "Clear: given. Blue: merged into others. Red, orange frame: not given."
 _ORANGE = np.array([255, 140, 0], np.uint8)
 _OPPOSITE = {"L": "R", "R": "L", "P": "A", "A": "P", "H": "F", "F": "H", "": ""}
 _SMALLEST_WITH_TEXT = 128  # rows and columns
@@ -192,6 +193,7 @@ def paint(
         inside = picture[frame:-frame, frame:-frame]
         height, width = rows // 28, columns - 2 * frame
         _write(inside[:height], _strokes(BANNER, width, height))
+        _write(inside[height : 2 * height], _strokes(COLOURS, width, height))
         _write(inside[-height:], _strokes(said, width, height))
         left, right = (_strokes(side, height, height) for side in sides)
         middle = np.s_[rows // 2 : rows // 2 + height]

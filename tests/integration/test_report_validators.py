@@ -492,11 +492,11 @@ def test_the_map_of_the_real_body_shows_what_the_mask_says() -> None:
     capture = build_secondary_capture(output, arrays, source, frames, ReportSettings(), run=RUN)
 
     capture.file_meta.TransferSyntaxUID = TRANSFER_SYNTAX
-    pictures = capture.pixel_array[:, 24:-24, 24:-24].astype(int)
+    pictures = capture.pixel_array[:, 40:-40, 24:-24].astype(int)
     for one, frame, picture in zip(output.retention.sources, frames, pictures, strict=True):
-        covers = cover(output.retention, arrays, one, (512, 512))[24:-24, 24:-24]
+        covers = cover(output.retention, arrays, one, (512, 512))[40:-40, 24:-24]
         assert frame.grey is not None
-        grey = frame.grey[24:-24, 24:-24]
+        grey = frame.grey[40:-40, 24:-24]
         kept = covers == Cover.KEPT
         np.testing.assert_array_equal(picture[kept], np.repeat(grey[kept][:, None], 3, axis=1))
         assert (picture[~kept][:, 1:] == 12).all()
