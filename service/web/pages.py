@@ -340,6 +340,9 @@ def events_page(
     request: Request,
     kind: Annotated[str, Query(max_length=48)] = "",
     actor: Annotated[str, Query(max_length=128)] = "",
+    study: Annotated[str, Query(max_length=18)] = "",
+    since: Annotated[str, Query(max_length=10)] = "",
+    until: Annotated[str, Query(max_length=10)] = "",
     cursor: Annotated[str, Query(max_length=18)] = "",
 ) -> Response:
     """Everything that happened, also what users did; for auditors and operators."""
@@ -353,12 +356,16 @@ def events_page(
             session,
             kind=kind or None,
             actor=actor.replace("\0", "") or None,
+            study_id=int(study) if study.isdecimal() else None,
+            since=_day(since),
+            until=_day(until, timedelta(days=1)),
             before=int(cursor) if cursor.isdigit() else None,
             limit=EVENTS,
         )
         lag = chain.lag(session)
     record_audit_read(web, who)
-    chosen = {key: value for key, value in {"kind": kind, "actor": actor}.items() if value}
+    asked = {"kind": kind, "actor": actor, "study": study, "since": since, "until": until}
+    chosen = {key: value for key, value in asked.items() if value}
     more = "/events?" + urlencode({**chosen, "cursor": following}) if following else None
     kinds = list(AuditKind)
     return _page(request, "events.html", who, events=events, more=more, kinds=kinds, chosen=chosen, lag=lag)

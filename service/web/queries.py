@@ -246,7 +246,7 @@ def list_events(
     before: int | None = None,
     limit: int = 50,
 ) -> tuple[list[AuditEvent], int | None]:
-    query = select(AuditEvent).order_by(AuditEvent.id.desc())
+    query = select(AuditEvent)
     if kind:
         query = query.where(AuditEvent.kind == kind)
     if actor:
@@ -255,9 +255,15 @@ def list_events(
         query = query.where(AuditEvent.study_id == study_id)
     if since is not None:
         query = query.where(AuditEvent.at >= since)
-    if until is not None:
-        query = query.where(AuditEvent.at < until)
-    return _page(session, query, AuditEvent.id, before, limit)
+    if until is None:
+        return _page(session, query.order_by(AuditEvent.id.desc()), AuditEvent.id, before, limit)
+    # by time: from the newest id on, one would walk to a day that is long ago
+    query = query.where(AuditEvent.at < until).order_by(AuditEvent.at.desc(), AuditEvent.id.desc())
+    at = session.scalar(select(AuditEvent.at).where(AuditEvent.id == before))
+    if before is not None and at is not None:
+        earlier = or_(AuditEvent.at < at, and_(AuditEvent.at == at, AuditEvent.id < before))
+        query = query.where(AuditEvent.at <= at, earlier)
+    return _page(session, query, AuditEvent.id, None, limit)
 
 
 def _page(session: Session, query: Any, key: Any, before: int | None, limit: int) -> tuple[list[Any], int | None]:

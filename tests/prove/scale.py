@@ -103,6 +103,8 @@ def questions(client: TestClient, session: Session, settings: Settings) -> Itera
     yield "events", get("/events")
     yield "events of a kind", get("/events?kind=delivery-delivered")
     yield "events of a kind that is rare", get("/events?kind=service-started")
+    yield "events until a day long ago", get(f"/events?until={day}")
+    yield "events of a kind until a day long ago", get(f"/events?kind=study-viewed&until={day}")
     yield "events of a person", get("/events?actor=web/somebody")
     yield "API: studies", get("/api/v1/studies")
     yield "API: studies of a patient", get("/api/v1/studies?patient_id=PID00000042")

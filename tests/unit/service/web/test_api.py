@@ -17,7 +17,7 @@ from service.shared.db import Delivery, DeliveryState, Result, Role
 from service.shared.durable import digest
 from service.web import accounts
 from service.web.access import COOKIE
-from tests.rows import add_analysis, add_study, claimed, event, get, open_database, presence
+from tests.rows import add_analysis, add_study, after, claimed, event, get, kinds, open_database, presence
 from tests.web_visits import Clock, add_named_study, add_user, sign_in, visit
 
 
@@ -215,6 +215,29 @@ def test_patient_is_not_looked_for_by_who_may_not_see_one(sessions: sessionmaker
 
     assert visitor.get("/api/v1/studies?patient_id=PID1").status_code == 403
     assert visitor.get("/api/v1/studies?accession_number=ACC1").status_code == 403
+
+
+def test_events_are_narrowed_by_time_and_study(sessions: sessionmaker[Session], client: TestClient) -> None:
+    """`until` itself is left out; following `next` misses none, also where many events share their time."""
+    study_id = add_named_study(sessions, 1)
+    other = add_analysis(sessions, add_study(sessions, "2.25.9"), now=after(60))
+    asked = "/api/v1/events?limit=2&until=2026-03-01T12:00:30Z"
+
+    first = client.get(asked).json()
+    seen, page = [], first
+    while page["next"]:
+        seen += page["items"]
+        page = client.get(f"{asked}&cursor={page['next']}").json()
+    seen += page["items"]
+
+    assert [one["id"] for one in seen] == sorted((one["id"] for one in seen), reverse=True)
+    assert {one["study_id"] for one in seen} == {study_id}
+    assert len(seen) == len(kinds(sessions, study_id=study_id))
+    shown = client.get("/events?until=2026-03-01").text
+    assert "analysis queued</b>" in shown
+    assert "signed in</b>" not in shown, "that was today"
+    assert f">{other}</a>" not in client.get(f"/events?study={study_id}").text
+    assert "No event matches." in client.get("/events?until=2026-02-28").text
 
 
 def test_charts_sum_up_every_analysis(database_url: str, tmp_path: Path) -> None:
