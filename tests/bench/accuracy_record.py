@@ -28,8 +28,8 @@ def record(folder: Path, accuracy: Accuracy, seeds: Sequence[int], tables: str, 
 def measured(accuracy: Accuracy, seeds: Sequence[int]) -> dict[str, Any]:
     """What a report may quote of the weights: rates with their 95 % intervals, unpruned."""
 
-    def rate(found: Rate) -> list[float]:
-        return [round(value, 3) for value in (found.value, *found.interval)]
+    def rate(found: Rate) -> list[float] | None:
+        return [round(value, 3) for value in (found.value, *found.interval)] if found.of else None
 
     return {
         "on": f"{accuracy.studies} computed phantoms of seeds {seeds[0]} to {seeds[-1]}, unpruned",
@@ -43,7 +43,9 @@ def limitations(accuracy: Accuracy) -> list[str]:
     """Sentences for the reports of these weights."""
     found = accuracy.detections
     nodule, plaque = found[NODULE], found["aortic calcification"]
-    sizes = ", ".join(f"{100 * rate.value:.0f} % at {name}" for name, rate in accuracy.sensitivity_by_size.items())
+    sizes = ", ".join(
+        f"{100 * rate.value:.0f} % at {name}" for name, rate in accuracy.sensitivity_by_size.items() if rate.of
+    )
     others = [
         f"{_percent(found[name].sensitivity)} of {plural}"
         for name, plural in (
@@ -55,11 +57,11 @@ def limitations(accuracy: Accuracy) -> list[str]:
     ]
     return [
         f"On {accuracy.studies} computed phantoms that took no part in training, unpruned, this model found "
-        f"{_percent(nodule.sensitivity)} of nodules of {SMALLEST_CLAIMED_MM} mm and more ({sizes}), and "
-        f"{_percent(nodule.precision)} of the nodules that it named were there.",
+        f"{_percent(nodule.sensitivity)} of nodules of {SMALLEST_CLAIMED_MM} mm and more ({sizes or 'none shown'}), "
+        f"and {_named(nodule.precision)}.",
         f"It found {', '.join(others[:-1])} and {others[-1]}.",
-        f"It found {_percent(plaque.sensitivity)} of aortic calcifications, and {_percent(plaque.precision)} of those "
-        "that it named were there; it has never been measured on a patient.",
+        f"It found {_percent(plaque.sensitivity)} of aortic calcifications, and {_named(plaque.precision)}; it has "
+        "never been measured on a patient.",
     ]
 
 
@@ -71,6 +73,10 @@ def with_tables(card: str, tables: str, command: str) -> str:
     _, next_heading, rest = after.partition("\n## ")
     part = f"{HEADING}\n\n`{command}`, rendered as slabs, through the product's own host.\n\n{tables.strip()}\n"
     return before + part + next_heading + rest
+
+
+def _named(precision: Rate) -> str:
+    return f"{_percent(precision)} of those that it named were there" if precision.of else "it named none"
 
 
 def _percent(rate: Rate) -> str:

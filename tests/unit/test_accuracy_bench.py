@@ -12,7 +12,7 @@ from service.shared.messages import FindingName
 from service.shared.settings import PruningSettings
 from tests.bench import accuracy
 from tests.bench.accuracy import Answers, main, outcomes, paired, settings_of, tasks_of
-from tests.bench.accuracy_record import CARD, limitations, with_tables
+from tests.bench.accuracy_record import CARD, limitations, measured, with_tables
 from tests.bench.real_studies import compare, references, rouge_l
 from tests.running import PROJECT
 from workers.demo_model.accuracy import accuracy_of
@@ -153,9 +153,15 @@ def test_the_card_keeps_what_was_not_measured() -> None:
 
 def test_limitations_say_what_was_missed() -> None:
     """Numbers with intervals; what was never there to be found has no number."""
-    first, second, _ = limitations(accuracy_of([(WET, WET)] * 3 + [(WET, Labels())]))
-    assert "an unknown share of nodules" in first
+    found = accuracy_of([(WET, WET)] * 3 + [(WET, Labels())])
+    first, second, third = limitations(found)
+    assert "an unknown share of nodules of 8 mm and more (none shown), and it named none." in first
     assert "75 % (95 % interval 30-95 %) of pleural effusions" in second
+    assert "calcifications, and it named none; it has never been measured on a patient." in third
+    recorded = measured(found, range(4))
+    assert recorded["sensitivity"]["effusion"] == [0.75, 0.301, 0.954]
+    assert recorded["precision"]["aortic calcification"] is None
+    assert "NaN" not in json.dumps(recorded)
 
 
 def test_seeds_of_the_training_are_refused(folder: Path, tmp_path: Path) -> None:
