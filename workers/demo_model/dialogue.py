@@ -20,12 +20,35 @@ from service.shared.messages import Aspect, FindingName
 from workers.demo_model.encode import Places, Shown
 from workers.demo_model.labels import Labels
 from workers.demo_model.report_text import write
-from workers.demo_model.words import IMAGE_TOKENS
+from workers.demo_model.words import IMAGE_TOKENS, SPACE
 from workers.questions import NODULE_DIAMETERS_MM, Question, questions_about
 
-ANSWER_WEIGHT = 2.0  # of an answer's token beside one of the report, most of which say nothing of the study
-IGNORED = -100
+# Weights of the loss of a token. Most of a report's hundred say nothing of the study; those at which reports of
+# different studies part are worth more, and whether there is a nodule is the hardest to see.
+FIXED, ATTRIBUTE, PRESENCE, NODULE_PRESENCE = 0.15, 1.5, 3.0, 8.0
+REPEATED = 0.6  # what the impression says again
+ANSWER, NODULE_ANSWER, END_OF_ANSWER = 1.5, 3.0, 0.1
+PARTING_WORDS = frozenset(
+    {
+        "No",
+        "Right",
+        "Left",
+        "Bilateral",
+        "Heart",
+        "Aortic",
+        "Body",
+        "right",
+        "left",
+        "bilateral",
+        "upper",
+        "mid",
+        "lower",
+    }
+    | {"solid", "ground", "small", "moderate", "large", "is", "size"}
+)
+CHEST_CT_SHARE = 0.3  # of the chest CTs that are asked whether they are one
 CODED_FINDINGS = tuple(FindingName)
+WATCHED_LAYER = 1  # the first that sees every slab; two more can still read what it gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +91,7 @@ class Writer:
     def row(self, prompt: list[int], labels: Labels, asked: Sequence[tuple[Question, str]]) -> Row:
         answer = self.answer(labels)
         ids, branch = [*prompt, *answer], [0] * (len(prompt) + len(answer))
-        weight = [0.0] * len(prompt) + [1.0] * len(answer)
+        weight = [0.0] * len(prompt) + report_weights(self.words.convert_ids_to_tokens(answer), labels.supported)
         position = list(range(len(ids)))
         begin = len(ids)
         for number, (question, said) in enumerate(asked, 1):
@@ -76,9 +99,31 @@ class Writer:
             right = self.ids(f"{said}<end_of_turn>")
             ids += [*given, *right]
             branch += [number] * (len(given) + len(right))
-            weight += [0.0] * len(given) + [ANSWER_WEIGHT] * len(right)
+            nodule = question.finding is FindingName.NODULE and question.aspect is Aspect.PRESENCE
+            first = NODULE_ANSWER if nodule else ANSWER
+            weight += [0.0] * len(given) + [first] + [END_OF_ANSWER] * (len(right) - 1)
             position += range(begin, begin + len(given) + len(right))
         return Row(ids, branch, weight, position)
+
+
+def report_weights(words: Sequence[str], supported: bool) -> list[float]:
+    """Of the tokens of a report in the first phrasing. Its sentences' first words say what is there, nodules first."""
+    impression = words.index("Impression")
+    found, sentence = [], 0
+    for index, word in enumerate(words):
+        plain = word.removeprefix(SPACE)
+        parting = plain in PARTING_WORDS or plain.isdigit()
+        first = index > 0 and words[index - 1] in (".", ":")
+        if index >= impression:
+            found.append(REPEATED if parting else FIXED)
+        elif first and sentence == 0 and supported:
+            found.append(NODULE_PRESENCE)
+        elif first or plain in ("is", "size"):  # "Heart is enlarged", "Heart size is normal"
+            found.append(PRESENCE)
+        else:
+            found.append(ATTRIBUTE if parting else FIXED)
+        sentence += word == "."
+    return found
 
 
 def true_answer(question: Question, labels: Labels, places: Places) -> str | None:
@@ -126,15 +171,21 @@ def _attribute(question: Question, labels: Labels, places: Places) -> str | None
 def draw_questions(
     labels: Labels, places: Places, shown: Shown, random: np.random.Generator, most: int
 ) -> list[tuple[Question, str]]:
-    """Some questions with their true answers; those about what is there come first."""
+    """Questions with their true answers: whether each finding is there, always; `most` aspects of what is there.
+
+    Chosen by what is there, absent findings would hardly be asked about, and the model would learn to say yes.
+    """
     numbers = [index for index, kept in enumerate(shown.kept.any(dim=1).tolist(), 1) if kept]
     known = [
         (question, answer)
         for question in questions_about(CODED_FINDINGS, numbers)
         if (answer := true_answer(question, labels, places)) is not None
     ]
-    order = random.random(len(known)) - [1.0 * (answer != "no") for _, answer in known]
-    return [known[index] for index in np.argsort(order)[:most]]
+    whole = not labels.supported or random.random() < CHEST_CT_SHARE
+    study = [one for one in known if one[0].aspect is Aspect.CHEST_CT and whole]
+    presence = [one for one in known if one[0].aspect is Aspect.PRESENCE]
+    aspects = [one for one in known if one[0].aspect not in (Aspect.CHEST_CT, Aspect.PRESENCE)]
+    return [*study, *presence, *(aspects[index] for index in random.permutation(len(aspects))[:most])]
 
 
 def padded(rows: Sequence[Sequence[float]], value: float, kind: torch.dtype = torch.int64) -> Tensor:
@@ -163,24 +214,52 @@ def masks(branch: Tensor, position: Tensor, image: Tensor, window: int) -> dict[
     }
 
 
-def dialogue_loss(
-    model: Gemma3ForConditionalGeneration, writer: Writer, rows: Sequence[Row], shown: Sequence[Shown]
-) -> Tensor:
-    """Weighted mean cross entropy of the reports' and answers' tokens."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """What came of a batch: ids (B, L), hidden states of the last layer and of the one after which slabs are watched,
+    (B, L, c).
+    """
+
+    ids: Tensor
+    hidden: Tensor
+    early: Tensor
+
+
+def run_rows(model: Gemma3ForConditionalGeneration, writer: Writer, rows: Sequence[Row], shown: Sequence[Shown]) -> Run:
+    """Through the language model once."""
     ids = padded([row.ids for row in rows], 0)
     position = padded([row.position for row in rows], 0)
-    weight = padded([row.weight for row in rows], 0, torch.float32)
     image = ids == writer.number(IMAGE_TOKENS["image_token"])
     embedded = model.get_input_embeddings()(ids)
     features = torch.cat([one.features[one.kept] for one in shown])
-    text: Any = model.config.text_config
-    hidden = model.model(
-        inputs_embeds=embedded.masked_scatter(image[..., None], features),
-        attention_mask=masks(padded([row.branch for row in rows], -1), position, image, text.sliding_window),
-        position_ids=position,
-        use_cache=False,
-    ).last_hidden_state[:, :-1]
-    wanted = weight[:, 1:] > 0
-    loss = functional.cross_entropy(model.lm_head(hidden[wanted]).float(), ids[:, 1:][wanted], reduction="none")
-    share = weight[:, 1:][wanted]
-    return (loss * share).sum() / share.sum()
+    language: Any = model.model.language_model
+    caught: list[Any] = []
+    handle = language.layers[WATCHED_LAYER].register_forward_hook(lambda module, inputs, result: caught.append(result))
+    try:
+        hidden = model.model(
+            inputs_embeds=embedded.masked_scatter(image[..., None], features),
+            attention_mask=masks(
+                padded([row.branch for row in rows], -1), position, image, language.config.sliding_window
+            ),
+            position_ids=position,
+            use_cache=False,
+        ).last_hidden_state
+    finally:
+        handle.remove()
+    return Run(ids, hidden, caught[0][0] if isinstance(caught[0], tuple) else caught[0])
+
+
+def text_loss(model: Gemma3ForConditionalGeneration, run: Run, rows: Sequence[Row]) -> Tensor:
+    """Weighted mean cross entropy of the reports' and answers' tokens."""
+    weight = padded([row.weight for row in rows], 0, torch.float32)[:, 1:]
+    wanted = weight > 0
+    logits = model.lm_head(run.hidden[:, :-1][wanted]).float()
+    loss = functional.cross_entropy(logits, run.ids[:, 1:][wanted], reduction="none")
+    return (loss * weight[wanted]).sum() / weight[wanted].sum()
+
+
+def dialogue_loss(
+    model: Gemma3ForConditionalGeneration, writer: Writer, rows: Sequence[Row], shown: Sequence[Shown]
+) -> Tensor:
+    """Of a batch of rows: what is said alone."""
+    return text_loss(model, run_rows(model, writer, rows, shown), rows)

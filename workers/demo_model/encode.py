@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 from math import isqrt
@@ -20,7 +20,7 @@ from workers.demo_model.labels import Labels
 from workers.demo_model.phantom import Phantom
 from workers.demo_model.pool import Example
 from workers.demo_model.render import Mask
-from workers.demo_model.targets import Sign
+from workers.demo_model.targets import Sign, Targets
 from workers.demo_model.train_vision import Eyes, to_pixels
 from workers.guide import Guide, make_guide
 from workers.pruning.attention import received_attention
@@ -85,6 +85,7 @@ class Encoded:
     guide: Callable[[], Guide]
     labels: Labels
     places: Places
+    targets: Targets | None = None  # on the token grid
 
     @property
     def side(self) -> int:
@@ -95,7 +96,8 @@ class Encoded:
 def encode_example(eyes: Eyes, example: Example) -> Encoded:
     """One scan of a training scene."""
     guide = cache(partial(guide_of, example.phantom))  # costs more than the tower, and only `guarded` asks for it
-    return encode(eyes, example.images, example.labels, guide, places_of(example.phantom))
+    found = encode(eyes, example.images, example.labels, guide, places_of(example.phantom))
+    return replace(found, targets=example.member.tokens)
 
 
 @torch.no_grad()
@@ -161,29 +163,41 @@ class Setting:
 
     pruning: PruningSettings
     share: float = 1.0  # of the tokens left to stand at random
-    slabs: float = 1.0  # share of the slabs left to stand at random
 
 
-def draw_setting(random: np.random.Generator) -> Setting:
-    """Everything, either of the product's pruners at some setting, or chance; never by what is in the study."""
-    way = random.random()
-    slabs = float(random.uniform(0.5, 1.0)) if random.random() < 0.1 else 1.0
-    if way < 0.25:
-        return Setting(PruningSettings(method=PruningMethod.OFF), slabs=slabs)
-    if way < 0.35:
-        return Setting(PruningSettings(method=PruningMethod.OFF), float(random.uniform(0.3, 1.0)), slabs)
-    if way < 0.55:
-        return Setting(
-            PruningSettings(method=PruningMethod.MEDPRUNER, tau=float(random.uniform(0.4, 1.0))), slabs=slabs
-        )
-    return Setting(
-        PruningSettings(
-            method=PruningMethod.GUARDED,
-            tau=float(random.uniform(0.6, 1.0)),
-            token_budget=float(random.uniform(0.2, 0.65)),
-            coverage_lung=float(random.choice([1.0, random.uniform(0.3, 1.0)])),
-            coverage_other=float(random.uniform(0.05, 0.3)),
-        )
+LATE_FROM, LATE_BY = 0.35, 0.65  # share of the training between which readings become as long as in use
+FEW_EARLY, FEW_LATE = 0.8, 0.05  # share of readings with about a quarter of the tokens
+
+
+def draw_setting(random: np.random.Generator, over: float = 1.0) -> Setting:
+    """Everything, either of the product's pruners at some setting, or chance; never by what is in the study.
+
+    over: share of the training that is over. Short readings cost a third and come first.
+    """
+    late = min(1.0, max(0.0, (over - LATE_FROM) / (LATE_BY - LATE_FROM)))
+    few = FEW_EARLY + (FEW_LATE - FEW_EARLY) * late
+    way, off = float(random.random()), PruningSettings(method=PruningMethod.OFF)
+    if way < few * 0.75:
+        return Setting(_guarded(random, (0.6, 1.0), (0.15, 0.35)))
+    if way < few:
+        return Setting(off, float(random.uniform(0.15, 0.4)))
+    way = float(random.random())
+    if way < 0.45:
+        return Setting(off)
+    if way < 0.8:
+        return Setting(_guarded(random, (0.8, 1.0), (0.35, 0.65)))
+    if way < 0.92:
+        return Setting(PruningSettings(method=PruningMethod.MEDPRUNER, tau=float(random.uniform(0.5, 1.0))))
+    return Setting(off, float(random.uniform(0.4, 1.0)))
+
+
+def _guarded(random: np.random.Generator, taus: tuple[float, float], budgets: tuple[float, float]) -> PruningSettings:
+    return PruningSettings(
+        method=PruningMethod.GUARDED,
+        tau=float(random.uniform(*taus)),
+        token_budget=float(random.uniform(*budgets)),
+        coverage_lung=float(random.choice([1.0, random.uniform(0.3, 1.0)])),
+        coverage_other=float(random.uniform(0.05, 0.3)),
     )
 
 
@@ -197,5 +211,4 @@ def show_pruned(encoded: Encoded, setting: Setting, random: np.random.Generator)
     guide = encoded.guide() if setting.pruning.method is PruningMethod.GUARDED else None
     reduced = stages.choose_tokens(known, setting.pruning, stages.guards(guide, setting.pruning, keep_all(slabs), grid))
     kept = reduced.kept & torch.from_numpy(random.random((slabs, tokens)) < setting.share)
-    standing = random.random((slabs, 1)) < setting.slabs
-    return Shown(reduced.features, kept & torch.from_numpy(standing | ~standing.any()))
+    return Shown(reduced.features, kept)

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from workers.demo_model.channels import ct_images, mr_images
 from workers.demo_model.labels import Labels
-from workers.demo_model.phantom import Modality, Phantom, Protocol, Scene, build, draw_kind, scan
+from workers.demo_model.other_bodies import Body
+from workers.demo_model.phantom import Modality, Phantom, Protocol, Scene, build, draw_kind, findings_at, scan
 from workers.demo_model.targets import Targets, targets_of
 
 PATCHES_PER_SIDE, TOKENS_PER_SIDE = 12, 6
+SMALL_MM = 7
 TRAINING_SEEDS = 1_000_000_000  # seeds from here on are for training; those below are never trained on
 
 
@@ -50,6 +52,7 @@ class Mixture:
     fresh: int = 1  # scenes replaced per batch
     other_share: float = 0.15
     nodules: int | None = 5
+    small_share: float = 1.0  # of the chests whose largest nodule is below SMALL_MM, the rest is drawn again
 
 
 def examples(seed: int, rank: int, first_step: int, batch: int, mixture: Mixture) -> Iterator[list[Example]]:
@@ -61,7 +64,9 @@ def examples(seed: int, rank: int, first_step: int, batch: int, mixture: Mixture
         wanted = mixture.fresh if len(members) >= min(mixture.size, batch * 3) else batch
         for _ in range(wanted):
             counter += 1
-            members.append(_member(counter, random, mixture))
+            while (member := _member(counter, random, mixture)) is None:
+                counter += 1
+            members.append(member)
         del members[: max(0, len(members) - mixture.size)]
         chosen = random.choice(len(members), size=min(batch, len(members)), replace=False)
         yield [expose(members[index], random) for index in chosen]
@@ -79,8 +84,13 @@ def member_of(scene: Scene) -> Member:
     return Member(scene, targets_of(phantom, PATCHES_PER_SIDE), targets_of(phantom, TOKENS_PER_SIDE))
 
 
-def _member(seed: int, random: np.random.Generator, mixture: Mixture) -> Member:
+def _member(seed: int, random: np.random.Generator, mixture: Mixture) -> Member | None:
+    """None for what the mixture wants less of, before it is rendered."""
     body, modality = draw_kind(random, mixture.other_share)
     protocol = Protocol(120, slices=int(random.integers(20, 25)) if random.random() < 0.3 else 24)
     many = None if mixture.nodules is None else int(random.integers(0, mixture.nodules + 1))
+    if body is Body.CHEST and modality is Modality.CT and mixture.small_share < 1:
+        largest = max((one.diameter_mm for one in findings_at(seed, nodules=many).nodules), default=SMALL_MM)
+        if largest < SMALL_MM and random.random() >= mixture.small_share:
+            return None
     return member_of(build(seed, protocol, body=body, modality=modality, nodules=many))

@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rate", type=float)
     parser.add_argument("--decay-from", type=float)
     parser.add_argument("--short", type=float, help="decoder: share of the training with short readings")
+    parser.add_argument("--sharpen", type=int, help="decoder: studies to fit the projection to; 0 leaves it as it is")
+    parser.add_argument("--first", type=int, help="decoder: studies encoded before the first step")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--rank", type=int, help="be this one of the processes, and start none")
     parser.add_argument("--port", type=int, default=29517)
@@ -56,7 +58,7 @@ def _work(rank: int, options: argparse.Namespace) -> None:
         )
     given: dict[str, Any] = {
         name: getattr(options, name)
-        for name in ("seed", "steps", "minutes", "rate", "decay_from", "short")
+        for name in ("seed", "steps", "minutes", "rate", "decay_from", "short", "sharpen", "first")
         if getattr(options, name, None) is not None
     }
     if options.stage == "vision":

@@ -1,7 +1,7 @@
 """Second stage of training: the language model learns to write the report from the tower's tokens, and to answer.
 
-Short readings first (some thirty tokens), then long ones as in use, pruned at random by the product's own pruners.
-The tower stands still.
+Readings pruned hard by the product's own pruners first, then as in use; on request still shorter ones before, of some
+thirty tokens that the tower's own heads find suspicious. The tower stands still.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from workers.demo_model.accuracy import Accuracy, accuracy_of
-from workers.demo_model.dialogue import Row, Writer, dialogue_loss, draw_questions, padded
+from workers.demo_model.dialogue import Row, Writer, draw_questions, padded, run_rows, text_loss
 from workers.demo_model.encode import Encoded, Shown, draw_setting, encode_example, show_pruned, show_suspects
 from workers.demo_model.folder import new_model, tokenizer
 from workers.demo_model.optimise import Optimisers, Schedule, agreed, average_gradients
 from workers.demo_model.pool import Mixture, examples
 from workers.demo_model.report_text import read
+from workers.demo_model.sharpen import sharpen
+from workers.demo_model.slab_signs import SlabHeads, slab_signs
 from workers.demo_model.train_vision import Eyes, held_out_examples
 from workers.demo_model.words import IMAGE_TOKENS, SPACE
 
@@ -33,7 +35,8 @@ PROMPTS = (
     "with the sections Findings: and Impression:.",
     "Describe this CT study.",
 )
-TEXT_TOKENS = 250  # prompt, report and questions without visual tokens, about
+SMALL_SHARE = 0.35  # of the chests whose only nodule is too small for the tower: what cannot be seen teaches guessing
+TEXT_TOKENS = 330  # prompt, report and questions without visual tokens, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +46,19 @@ class DecoderPlan:
     seed: int = 0
     steps: int = 1600
     minutes: float = float("inf")
-    short: float = 0.3
+    short: float = 0.0
+    sharpen: int = 300  # studies to fit the projection to before a new training; 0: leave it, as short readings need
     reports: int = 16  # per step and process at most
-    questions: int = 7  # after each report at most
-    tokens: int = 3000  # of all readings of a step and process together
+    aspects: int = 3  # asked about after each report at most, besides whether each finding is there
+    tokens: int = 3600  # of all readings of a step and process together
     fresh: int = 1  # studies encoded at a time, per process
     every: int = 2  # steps from one time to the next
-    kept: int = 1000  # encoded studies in memory per process
-    first: int = 24
+    kept: int = 3000  # encoded studies in memory per process
+    first: int = 1500
+    noise: float = 0.2  # added to each feature, as a share of its spread: stands for another scan of the same study
+    signs: float = 0.5  # weight of what is asked inside, at the end of each slab
     rate: float = 1.5e-3
-    decay_from: float = 0.5
+    decay_from: float = 0.45
     held_out: int = 24  # studies to watch the training by
 
 
@@ -84,9 +90,17 @@ def whole(encoded: Encoded) -> Shown:
     return Shown(encoded.features.float(), torch.ones(encoded.features.shape[:2], dtype=torch.bool))
 
 
-def load_eyes(folder: Path, seed: int) -> Eyes:
-    eyes = Eyes(seed)
-    eyes.load_state_dict(torch.load(folder / "vision.pt", weights_only=True)["eyes"])
+def load_eyes(folder: Path, plan: DecoderPlan, start: Path | None) -> Eyes:
+    """From the first stage's checkpoint, or tower and projector alone from a model folder."""
+    eyes, checkpoint = Eyes(plan.seed), folder / "vision.pt"
+    if checkpoint.exists():
+        eyes.load_state_dict(torch.load(checkpoint, weights_only=True)["eyes"])
+        return eyes.eval()
+    if start is None:
+        raise SystemExit(f"{checkpoint} is missing: train vision first, or give --start a model folder")
+    if plan.short > 0:
+        raise SystemExit(f"short readings need the heads in {checkpoint}, which is missing: give --short 0")
+    eyes.take_over(start)
     return eyes.eval()
 
 
@@ -135,20 +149,27 @@ def train_decoder(
 
     start: a model folder whose language model a new training begins with.
     """
-    eyes = load_eyes(folder, plan.seed)
+    if plan.short > 0 and plan.sharpen > 0:
+        raise SystemExit("short readings go by the tower's heads, which do not fit a sharpened projection: --sharpen 0")
     checkpoint = folder / "decoder.pt"
-    older = start if not checkpoint.exists() else None
-    model, writer = model_with(eyes, plan.seed, older), Writer(tokenizer())
-    optimisers = Optimisers(model, plan.rate)
+    state = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
+    eyes = load_eyes(folder, plan, start)
+    mixture = Mixture(nodules=None, fresh=1, size=60, small_share=SMALL_SHARE)
+    if state is None and plan.sharpen:
+        fresh = examples(plan.seed + 2, 0, 0, 1, mixture)
+        sharpen(eyes, [study for _ in range(plan.sharpen) for study in next(fresh)], plan.seed)
+    model, writer = model_with(eyes, plan.seed, start if state is None else None), Writer(tokenizer())
+    heads = SlabHeads()
+    optimisers, heads_alone = Optimisers(model, plan.rate), torch.optim.AdamW(heads.parameters(), lr=2 * plan.rate)
     begin, seconds = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+    if state is not None:
         model.load_state_dict(state["model"])
-        see_with(model, eyes)  # the tower may have learned on since
+        eyes.tower.load_state_dict(model.model.vision_tower.state_dict())
+        eyes.projector.load_state_dict(model.model.multi_modal_projector.state_dict())
         optimisers.load_state_dict(state["optimisers"])
+        heads.load_state_dict(state["heads"])
         begin, seconds = state["step"], state["cpu_seconds"]
     schedule = Schedule(plan.steps, plan.decay_from, plan.minutes * 60)
-    mixture = Mixture(nodules=None, fresh=1, size=60)
     studies = examples(plan.seed + 1, rank, begin, plan.fresh, mixture)
     random = np.random.default_rng((plan.seed, rank, begin, 2))
     cache: list[Encoded] = []
@@ -164,10 +185,18 @@ def train_decoder(
         del cache[: max(0, len(cache) - plan.kept)]
         short = over < plan.short
         chosen = random.permutation(len(cache))[: plan.reports]
-        rows, shown = _readings(writer, [cache[index] for index in chosen], plan, short, random)
-        loss = dialogue_loss(model, writer, rows, shown)
-        loss.backward()  # type: ignore[no-untyped-call]
+        some = [cache[index] for index in chosen]
+        rows, shown = _readings(writer, some, plan, over, random)
+        run = run_rows(model, writer, rows, shown)
+        ends = run.ids == writer.number(IMAGE_TOKENS["eoi_token"])
+        signs = [slab_signs(one.targets, one.labels) for one in some[: len(rows)] if one.targets is not None]
+        loss = text_loss(model, run, rows)
+        whole_loss = loss + plan.signs * heads.loss(run.early[ends], run.hidden[ends], signs, shown)
+        whole_loss.backward()  # type: ignore[no-untyped-call]
         average_gradients(model, processes)
+        average_gradients(heads, processes)
+        heads_alone.step()
+        heads_alone.zero_grad(set_to_none=True)
         optimisers.step(schedule.factor(step, elapsed))
         losses.append(float(loss.detach()))
         done = step + 1
@@ -178,6 +207,7 @@ def train_decoder(
         if rank == 0 and (done % 25 == 0 or done == plan.steps or over >= 1):
             state = {
                 "model": model.state_dict(),
+                "heads": heads.state_dict(),
                 "optimisers": optimisers.state_dict(),
                 "step": done,
                 "cpu_seconds": seconds + time.process_time() - begun,
@@ -197,23 +227,30 @@ def train_decoder(
 
 
 def _readings(
-    writer: Writer, studies: Sequence[Encoded], plan: DecoderPlan, short: bool, random: np.random.Generator
+    writer: Writer, studies: Sequence[Encoded], plan: DecoderPlan, over: float, random: np.random.Generator
 ) -> tuple[list[Row], list[Shown]]:
     """Readings of one step: of one pruning setting, and as many as fit into plan.tokens."""
-    setting = draw_setting(random)
+    setting = draw_setting(random, over)
     rows: list[Row] = []
     readings: list[Shown] = []
     room = plan.tokens
     for study in studies:
-        shown = show_suspects(study, random) if short else show_pruned(study, setting, random)
+        noisy = _with_noise(study, plan.noise, random)
+        shown = show_suspects(noisy, random) if over < plan.short else show_pruned(noisy, setting, random)
         room -= int(shown.kept.sum()) + TEXT_TOKENS
         if rows and room < 0:
             break
-        asked = draw_questions(study.labels, study.places, shown, random, plan.questions)
+        asked = draw_questions(study.labels, study.places, shown, random, plan.aspects)
         prompt = writer.prompt(shown, PROMPTS[int(random.random() < 0.15)])
         rows.append(writer.row(prompt, study.labels, asked))
         readings.append(shown)
     return rows, readings
+
+
+def _with_noise(study: Encoded, share: float, random: np.random.Generator) -> Encoded:
+    noise = torch.from_numpy(random.standard_normal(study.features.shape, np.float32))
+    features = study.features.float()
+    return replace(study, features=features + share * features.flatten(0, 1).std(dim=0) * noise)
 
 
 def summary(accuracy: Accuracy) -> dict[str, str]:

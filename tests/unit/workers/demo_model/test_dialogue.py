@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from service.shared.messages import Aspect, FindingName
 from workers.demo_model.anatomy import Side, Zone
 from workers.demo_model.dialogue import (
+    ATTRIBUTE,
     CODED_FINDINGS,
+    FIXED,
+    PRESENCE,
     Row,
     Writer,
     dialogue_loss,
     draw_questions,
     masks,
     padded,
+    report_weights,
     true_answer,
 )
 from workers.demo_model.encode import Places, Shown, places_of
@@ -100,13 +105,45 @@ def test_a_slab_that_is_not_shown_is_no_answer() -> None:
     assert true_answer(question, LABELS, PLACES) is None
 
 
-def test_drawn_questions_put_what_is_there_first() -> None:
-    """However few are drawn, absent findings do not crowd out the present."""
-    import numpy as np
+def test_every_finding_is_asked_about_whether_it_is_there_or_not() -> None:
+    """Asked too seldom about what is absent, a model learns to say yes. Aspects are asked of what is there."""
+    random = np.random.default_rng(0)
+    drawn = [draw_questions(LABELS, PLACES, shown_of(), random, 3) for _ in range(50)]
 
-    drawn = draw_questions(LABELS, PLACES, shown_of(), np.random.default_rng(0), 12)
-    assert len(drawn) == 12
-    assert all(answer != "no" for _, answer in drawn)
+    for questions in drawn:
+        presence = {question.finding: answer for question, answer in questions if question.aspect is Aspect.PRESENCE}
+        assert set(presence) == set(FindingName)
+        assert presence[FindingName.PNEUMOTHORAX] == presence[FindingName.CALCIFICATION] == "no"
+        aspects = [one for one, _ in questions if one.aspect not in (Aspect.PRESENCE, Aspect.CHEST_CT)]
+        assert len(aspects) == 3
+        assert not {one.finding for one in aspects} & {FindingName.PNEUMOTHORAX, FindingName.CALCIFICATION}
+    whole = sum(questions[0][0].aspect is Aspect.CHEST_CT for questions in drawn)
+    assert 5 < whole < 30
+
+
+def test_of_another_body_it_is_always_asked_whether_it_is_a_chest() -> None:
+    """That is all there is to ask."""
+    drawn = draw_questions(Labels(supported=False), Places(), shown_of(), np.random.default_rng(0), 3)
+    assert [(question.aspect, answer) for question, answer in drawn] == [(Aspect.CHEST_CT, "no")]
+
+
+def test_words_that_tell_studies_apart_weigh_more(writer: Writer) -> None:
+    """Whether there is a nodule most; what every report has in common hardly anything."""
+    words = writer.words.convert_ids_to_tokens(writer.answer(LABELS))
+    weights = list(zip(words, report_weights(words, supported=True), strict=True))
+    impression = words.index("Impression")
+
+    assert weights[2] == ("▁Left", max(report_weights(words, supported=True)))
+    assert {weight for word, weight in weights if word in ("▁zone", "▁mm", ".", "▁lung")} == {FIXED}
+    assert {weight for word, weight in weights[:impression] if word in ("▁Bilateral", "▁No", "▁is")} == {PRESENCE}
+    assert {weight for word, weight in weights[:impression] if word in ("▁14", "▁upper", "▁solid")} == {ATTRIBUTE}
+    assert max(weight for _, weight in weights[impression:]) < ATTRIBUTE
+
+
+def test_the_decoded_sentence_of_another_body_has_no_nodule_to_weigh(writer: Writer) -> None:
+    """Its first word is not about nodules."""
+    words = writer.words.convert_ids_to_tokens(writer.answer(Labels(supported=False)))
+    assert max(report_weights(words, supported=False)) == PRESENCE
 
 
 def test_places_are_the_slabs_that_hold_the_findings() -> None:

@@ -22,7 +22,9 @@ from workers.demo_model.encode import (
 from workers.demo_model.folder import new_model, write_folder
 from workers.demo_model.optimise import Schedule
 from workers.demo_model.phantom import Protocol, build, scan
-from workers.demo_model.pool import TRAINING_SEEDS, Mixture, examples, expose, member_of
+from workers.demo_model.pool import SMALL_MM, TRAINING_SEEDS, Mixture, examples, expose, member_of
+from workers.demo_model.sharpen import pooled, sharpen
+from workers.demo_model.slab_signs import NAMES, slab_signs
 from workers.demo_model.targets import Sign
 from workers.demo_model.train_decoder import DecoderPlan, load_eyes, model_with, train_decoder
 from workers.demo_model.train_vision import Eyes, VisionPlan, patches_of, train_vision
@@ -108,6 +110,94 @@ def test_the_guide_of_training_is_the_workers(encoded: Encoded) -> None:
     assert sum(" lung" in name for name in guide.names) == 6
 
 
+def test_readings_grow_as_the_training_goes_on(encoded: Encoded) -> None:
+    """Early ones have a fraction of the tokens, late ones all sizes up to everything."""
+    random = np.random.default_rng(0)
+    shares = {
+        over: np.mean(
+            [float(show_pruned(encoded, draw_setting(random, over), random).kept.float().mean()) for _ in range(40)]
+        )
+        for over in (0.0, 1.0)
+    }
+
+    assert shares[0.0] < 0.5 < shares[1.0]
+
+
+def test_a_sharpened_projection_has_no_mean_and_shows_the_signs() -> None:
+    """What all tokens share is gone; what the old directions told apart they still tell apart."""
+    torch.set_num_threads(1)
+    eyes = Eyes(0).eval()
+    studies = [expose(member_of(build(seed, SLABS)), np.random.default_rng(seed)) for seed in range(3)]
+    tokens = torch.cat([pooled(eyes, one).flatten(0, 1) for one in studies])
+    before = eyes.projector.mm_input_projection_weight.detach().clone()
+    sharpen(eyes, studies, seed=0)
+    after = eyes.projector.mm_input_projection_weight.detach()
+
+    assert (tokens @ after).mean(dim=0).norm() < 0.2 * (tokens @ before).mean(dim=0).norm()
+    used = torch.linalg.svd(before, full_matrices=False).Vh
+    centred = tokens - tokens.mean(dim=0)
+    assert torch.allclose(centred @ after @ used.T, centred @ before @ used.T, rtol=0.1, atol=0.3)
+    free = (tokens @ after) - (tokens @ after) @ used.T @ used
+    lung = torch.cat([torch.from_numpy(one.member.tokens.present[..., Sign.LUNG]).flatten() for one in studies]) > 0
+    assert (free[lung].mean(dim=0) - free[~lung].mean(dim=0)).norm() > 1
+
+
+def test_slabs_are_asked_what_they_show() -> None:
+    """The nodule's slabs on its side; nothing on the other."""
+    seed = next(s for s in range(100) if (n := build(s, SLABS).findings.nodules) and n[0].diameter_mm > 12)
+    member = member_of(build(seed, SLABS))
+    found, weight = slab_signs(member.tokens, member.scene.labels)
+    column = dict(zip(NAMES, found.T, strict=True))
+    side = member.scene.labels.nodules[0].side.value
+    other = "left" if side == "right" else "right"
+
+    assert 1 <= column["nodule"].sum() < 6
+    assert (column[f"nodule {side}"] == column["nodule"]).all()
+    assert not column[f"nodule {other}"].any()
+    assert weight[column["nodule"] > 0].all()
+
+
+def test_what_can_hardly_be_seen_is_shown_less_often() -> None:
+    """Of the chests whose nodule is too small the mixture takes a share; the others are as they were."""
+
+    def smallest(share: float) -> int:
+        drawn = examples(4, 0, 0, 1, Mixture(nodules=None, size=1, other_share=0, small_share=share))
+        largest = [max((n.diameter_mm for n in next(drawn)[0].labels.nodules), default=99) for _ in range(12)]
+        return sum(mm < SMALL_MM for mm in largest)
+
+    assert smallest(1.0) > 0
+    assert smallest(0.0) == 0
+
+
+def test_short_readings_without_the_towers_heads_are_refused(tmp_path: Path) -> None:
+    """A model folder gives tower and projector, not the heads that choose the suspects; the remedy is named."""
+    write_folder(new_model(5), tmp_path / "old")
+    with pytest.raises(SystemExit, match=r"vision\.pt, which is missing: give --short 0"):
+        train_decoder(tmp_path, DecoderPlan(short=0.5, sharpen=0), start=tmp_path / "old")
+    with pytest.raises(SystemExit, match=r"vision\.pt is missing: train vision first, or give --start"):
+        train_decoder(tmp_path, DecoderPlan())
+    with pytest.raises(SystemExit, match="--sharpen 0"):
+        train_decoder(tmp_path, DecoderPlan(short=0.5), start=tmp_path / "old")
+
+
+def test_the_decoder_trains_on_the_tower_of_a_model_folder(tmp_path: Path) -> None:
+    """Without the first stage's checkpoint; resumed, it keeps the projection that was fitted at the beginning."""
+    torch.set_num_threads(1)
+    old = new_model(5)
+    write_folder(old, tmp_path / "old")
+    plan = {"reports": 2, "fresh": 1, "first": 2, "held_out": 1, "sharpen": 2}
+    said: list[str] = []
+    train_decoder(tmp_path, DecoderPlan(steps=1, **plan), start=tmp_path / "old", say=said.append)
+    one = torch.load(tmp_path / "decoder.pt", weights_only=True)["model"]
+    train_decoder(tmp_path, DecoderPlan(steps=2, **plan), start=tmp_path / "old", say=said.append)
+    two = torch.load(tmp_path / "decoder.pt", weights_only=True)["model"]
+
+    projection = "model.multi_modal_projector.mm_input_projection_weight"
+    assert not torch.equal(one[projection], old.bfloat16().float().state_dict()[projection])
+    assert torch.equal(one[projection], two[projection])
+    assert all(torch.equal(value, two[name]) for name, value in one.items() if "vision_tower" in name)
+
+
 def test_rate_rises_holds_and_ends_at_zero() -> None:
     """Warm-up, plateau, decay."""
     schedule = Schedule(1000, 0.6)
@@ -158,12 +248,12 @@ def test_both_stages_run_and_resume(tmp_path: Path) -> None:
     vision = {"studies": 1, "slabs": 2, "held_out": 2}
     train_vision(tmp_path, VisionPlan(steps=1, **vision), say=said.append)
     train_vision(tmp_path, VisionPlan(steps=2, **vision), say=said.append)
-    decoder = {"short": 0.5, "reports": 2, "fresh": 1, "first": 2, "held_out": 1}
+    decoder = {"short": 0.5, "sharpen": 0, "reports": 2, "fresh": 1, "first": 2, "held_out": 1}
     train_decoder(tmp_path, DecoderPlan(steps=1, **decoder), say=said.append)
     train_decoder(tmp_path, DecoderPlan(steps=2, **decoder), say=said.append)
 
     assert torch.load(tmp_path / "vision.pt", weights_only=True)["step"] == 2
     state = torch.load(tmp_path / "decoder.pt", weights_only=True)
-    tower = model_with(load_eyes(tmp_path, 0), 0).model.vision_tower.state_dict()
+    tower = model_with(load_eyes(tmp_path, DecoderPlan(), None), 0).model.vision_tower.state_dict()
     assert state["step"] == 2
     assert all(torch.equal(state["model"][f"model.vision_tower.{name}"], value) for name, value in tower.items())
