@@ -236,6 +236,8 @@ class Difference:
     high: float
 
     def __str__(self) -> str:
+        if not np.isfinite(self.value):
+            return "none named"
         return f"{100 * self.value:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
 
 

@@ -15,7 +15,7 @@ from tests.bench.accuracy import Answers, main, outcomes, paired, settings_of, t
 from tests.bench.accuracy_record import CARD, limitations, measured, with_tables
 from tests.bench.real_studies import compare, references, rouge_l
 from tests.running import PROJECT
-from workers.demo_model.accuracy import accuracy_of
+from workers.demo_model.accuracy import Rate, accuracy_of
 from workers.demo_model.anatomy import Side
 from workers.demo_model.assemble import WEIGHTS
 from workers.demo_model.findings import Extent
@@ -60,6 +60,15 @@ def test_no_difference_has_an_interval_of_nothing() -> None:
     """The same answers give exactly zero, not noise."""
     same = outcomes([(WET, WET)] * 5 + [(Labels(), WET)] * 2)["effusion"]
     assert all((one.low, one.high) == (0, 0) for one in paired(same, same))
+
+
+def test_what_was_never_named_has_no_precision_to_compare() -> None:
+    """A word instead of a number that is none."""
+    never = outcomes([(WET, Labels())] * 3)["effusion"]
+    sensitivity, precision = paired(never, never)
+    assert str(sensitivity) == "+0.0 (+0.0 to +0.0)"
+    assert str(precision) == "none named"
+    assert str(Rate(0, 0)) == "none (0/0)"
 
 
 def test_texts_are_compared_word_by_word() -> None:

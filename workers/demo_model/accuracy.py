@@ -36,6 +36,8 @@ class Rate:
 
     def __str__(self) -> str:
         low, high = self.interval
+        if not self.of:
+            return "none (0/0)"
         return f"{self.value:.3f} ({low:.3f}-{high:.3f}, {self.hits}/{self.of})"
 
 
