@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from statistics import median
 from typing import Any
 
-import orjson
-from sqlalchemy import ColumnElement, Text, cast, func, select
+from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
-from service.shared.db import Analysis, AnalysisState, Delivery, DeliveryState, Result, Study
+from service.shared.db import Analysis, AnalysisState, Delivery, Result, Study
 
 Row = dict[str, Any]
-SAMPLE = 5_000  # of the newest studies: finished analyses and deliveries that durations and ratios are taken from
-PAGE = 2_000
+SAMPLE = 2_000  # of the newest studies: finished analyses and deliveries that durations and ratios are taken from
 READ = (AnalysisState.READ, AnalysisState.DONE)
 
 
 def stats(session: Session, *, since: datetime | None = None, sender: str | None = None) -> Row:
-    """Counts, percentiles and ratios of what was received since then (and from that calling AE title)."""
+    """Counts, percentiles and ratios of what was received since then (and from that calling AE title).
+
+    Counts are of everything; percentiles and ratios of the newest, as many as they say (`n`).
+    """
     which: list[ColumnElement[bool]] = []
     if since is not None:
         which.append(Study.first_received_at >= since)
@@ -34,89 +35,76 @@ def stats(session: Session, *, since: datetime | None = None, sender: str | None
             func.coalesce(func.sum(Study.size_bytes), 0).label("bytes"),
         ).where(*which)
     ).one()
-    ended: Counter[tuple[AnalysisState, str | None, str]] = Counter()
-    finished: list[Any] = []
-    for row in _newest_first(
-        session,
-        which,
-        Analysis.state,
-        Analysis.reason_code,
-        Analysis.route,
-        Analysis.queued_at,
-        Analysis.started_at,
-        Analysis.finished_at,
-        cast(Analysis.counts, Text).label("counts"),  # as text: what is not in the sample is not parsed
-        cast(Analysis.timings_s, Text).label("timings_s"),
+    states, reasons, routes = Counter[str](), Counter[str](), Counter[str]()
+    ended = (Analysis.state, Analysis.reason_code, Analysis.route)
+    for state, reason, route, count in session.execute(
+        _analyses(which, *ended, func.count()).group_by(*ended).order_by(*ended)
     ):
-        ended[row[:3]] += 1
-        if row[0] in READ and len(finished) < SAMPLE:
-            finished.append(row)
-    sent: Counter[tuple[str, DeliveryState]] = Counter()
-    to_delivered: list[float] = []
-    for row in _newest_first(
-        session,
-        which,
-        Delivery.destination,
-        Delivery.state,
-        Study.completed_at,
-        Delivery.delivered_at,
-        Analysis.revision == Study.revision,
-        of_deliveries=True,
+        states[str(state)] += count
+        routes[route] += count
+        if reason is not None:
+            reasons[reason] += count
+    deliveries: dict[str, dict[str, int]] = {}
+    sent = (Delivery.destination, Delivery.state)
+    for destination, state, count in session.execute(
+        _deliveries(which, *sent, func.count()).group_by(*sent).order_by(*sent)
     ):
-        sent[row[:2]] += 1
-        _, _, start, end, is_newest = row
-        if is_newest and start is not None and end is not None and end >= start and len(to_delivered) < SAMPLE:
-            to_delivered.append(_seconds(start, end))
+        deliveries.setdefault(destination, {})[str(state)] = count
+    finished = session.execute(
+        _newest(
+            _analyses(
+                which,
+                Analysis.queued_at,
+                Analysis.started_at,
+                Analysis.finished_at,
+                Analysis.counts,
+                Analysis.timings_s,
+            ).where(Analysis.state.in_(READ))
+        )
+    ).all()
+    delivered = session.execute(
+        _newest(
+            _deliveries(which, Study.completed_at, Delivery.delivered_at).where(
+                Delivery.delivered_at >= Study.completed_at, Analysis.revision == Study.revision
+            )
+        )
+    ).all()
     steps: dict[str, list[float]] = {}
     for row in finished:
-        for step, seconds in _parsed(row.timings_s).items():
+        for step, seconds in (row.timings_s or {}).items():
             steps.setdefault(step, []).append(float(seconds))
-    kept = [parsed for row in finished if (parsed := _parsed(row.counts))]
+    kept = [row.counts for row in finished if row.counts]
     return {
         "studies": received.studies,
         "instances": int(received.instances),
         "bytes": int(received.bytes),
-        "analyses": _counted((str(state), count) for (state, _, _), count in ended.items()),
-        "reasons": _counted((reason, count) for (_, reason, _), count in ended.items() if reason),
-        "routes": _counted((route, count) for (_, _, route), count in ended.items()),
-        "deliveries": {
-            name: _counted((str(state), count) for (to, state), count in sent.items() if to == name)
-            for name in sorted({to for to, _ in sent})
-        },
+        "analyses": dict(sorted(states.items())),
+        "reasons": dict(sorted(reasons.items())),
+        "routes": dict(sorted(routes.items())),
+        "deliveries": deliveries,
         "waited_s": _spread([_seconds(row.queued_at, row.started_at) for row in finished if row.started_at]),
         "read_s": _spread([_seconds(row.started_at, row.finished_at) for row in finished if row.started_at]),
-        "complete_to_delivered_s": _spread(to_delivered),
+        "complete_to_delivered_s": _spread([_seconds(start, end) for start, end in delivered]),
         "steps_s": {step: _spread(seconds) for step, seconds in steps.items()},
         "inputs_kept": _spread([_ratio(one, "inputs_kept", "inputs") for one in kept if one["inputs"]]),
         "tokens_kept": _spread([_ratio(one, "tokens_kept", "tokens_in") for one in kept if one["tokens_in"]]),
     }
 
 
-def _newest_first(
-    session: Session, which: Sequence[ColumnElement[bool]], *columns: Any, of_deliveries: bool = False
-) -> Iterable[Any]:
-    """One row for each analysis (or delivery) of these studies, the newest study first; memory stays bounded.
-
-    The order is that of the index on the time of the study, so nothing is sorted.
-    """
-    query = select(*columns).select_from(Study).join(Analysis, Analysis.study_id == Study.id)
-    if of_deliveries:
-        query = query.join(Result, Result.analysis_id == Analysis.id).join(Delivery, Delivery.result_id == Result.id)
-    newest_first = query.where(*which).order_by(Study.first_received_at.desc())
-    return session.execute(newest_first.execution_options(yield_per=PAGE))
+def _analyses(which: Sequence[ColumnElement[bool]], *columns: Any) -> Select[Any]:
+    """Of the analyses of these studies."""
+    return select(*columns).select_from(Study).join(Analysis, Analysis.study_id == Study.id).where(*which)
 
 
-def _parsed(document: str | None) -> Row:
-    found: Row | None = None if document is None else orjson.loads(document)
-    return found or {}
+def _deliveries(which: Sequence[ColumnElement[bool]], *columns: Any) -> Select[Any]:
+    """Of the deliveries of these studies."""
+    results = _analyses(which, *columns).join(Result, Result.analysis_id == Analysis.id)
+    return results.join(Delivery, Delivery.result_id == Result.id)
 
 
-def _counted(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Summed up by name, in the order of names."""
-    summed: Counter[str] = Counter()
-    for name, count in counts:
-        summed[name] += count
-    return dict(sorted(summed.items()))
+def _newest(query: Select[Any]) -> Select[Any]:
+    """A sample in the order of the index on the time of the study, so that nothing is sorted or read to the end."""
+    return query.order_by(Study.first_received_at.desc()).limit(SAMPLE)
 
 
 def _spread(values: Sequence[float]) -> Row | None:
