@@ -32,6 +32,7 @@ HOSTS = {
 }
 MARK = "medpruner.json"  # beside config.json in folders of ours; a user's folder has none
 WEIGHT_FLAGS = {"random": Flag.RANDOM_WEIGHTS, "demonstration": Flag.DEMONSTRATION_WEIGHTS}
+NEEDED = "install transformers 5.23 or later"
 DEMONSTRATION = Path(__file__).parent.parent / "demo_model" / "weights"
 
 
@@ -69,7 +70,12 @@ def open_folder(settings: ModelSettings, folder: Path | None) -> Host:
 def _open(settings: ModelSettings, folder: Path, *, named: str) -> Host:
     architecture = architecture_of(folder)
     module, name = HOSTS[architecture]
-    host: type[Host] = getattr(importlib.import_module(module), name)
+    try:
+        host: type[Host] = getattr(importlib.import_module(module), name)
+    except ImportError as error:  # an older transformers lacks classes or hooks that a host imports
+        raise ConfigurationError(
+            f"transformers {transformers.__version__} has not what {architecture} needs ({error}); {NEEDED}"
+        ) from error
     require_features(host.architecture_class)
     if settings.compile and not getattr(host.architecture_class, "_can_compile_fullgraph", False):
         raise ConfigurationError(
@@ -131,7 +137,7 @@ def require_features(architecture: type) -> None:
     if "mm_encoder_outputs" not in inspect.signature(architecture.forward).parameters:  # type: ignore[attr-defined]
         raise ConfigurationError(
             f"transformers {transformers.__version__}: {architecture.__name__} takes no mm_encoder_outputs, "
-            "so pruned features cannot be given to it; install transformers 5.23 or later"
+            f"so pruned features cannot be given to it; {NEEDED}"
         )
 
 

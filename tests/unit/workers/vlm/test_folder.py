@@ -207,6 +207,18 @@ def test_flash_attention_is_refused_for_gemma3(folder: Path) -> None:
         open_model(ModelSettings(path=str(folder), attention="flash_attention_2"))
 
 
+def test_transformers_without_the_needed_classes_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An import that fails is a version that is too old, and says so."""
+    (tmp_path / "host_of_tomorrow.py").write_text("from transformers import ClassOfTomorrow\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(HOSTS, "Gemma3ForConditionalGeneration", ("host_of_tomorrow", "Gemma3"))
+
+    with pytest.raises(ConfigurationError, match=r"ClassOfTomorrow.* install transformers 5\.23"):
+        open_model(ModelSettings(path=str(folder)))
+
+
 def test_transformers_without_the_needed_argument_is_refused() -> None:
     """An older transformers is named with the version that is needed."""
 
