@@ -272,9 +272,12 @@ def _describe_pixels(dataset: Dataset, shape: tuple[int, int], count: int) -> No
 
 
 def _place_frames(dataset: Dataset, frames: Sequence[SourceFrame]) -> None:
-    """Plane groups, so that viewers can put the pictures beside their slices; only where all slices have a place."""
+    """Plane groups, so that viewers can put the pictures beside their slices; only where all slices have a place.
+
+    A place is one in a frame of reference: without a valid one of the source there is none.
+    """
     first = frames[0]
-    placed = all(frame.position is not None for frame in frames)
+    placed = "FrameOfReferenceUID" in dataset and all(frame.position is not None for frame in frames)
     if not placed or len({(frame.orientation, frame.spacing) for frame in frames}) != 1:
         return
     if first.orientation is None or first.spacing is None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pydicom import dcmread
+from pydicom import config, dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, RLELossless
 
 from service.report.encoding import encode, transcoded
+from service.report.gate import Severity, check
 from service.report.pixels import SourceFrame
 from service.report.retention_map import TRANSFER_SYNTAX, build_secondary_capture, caption, sides, wanted_frames
 from service.report.source import SourceStudy, read_source
@@ -230,6 +231,28 @@ def test_slices_without_a_place_get_no_plane_groups(source: SourceStudy) -> None
     frames[2] = SourceFrame(frames[2].sop_instance_uid, None, frames[2].grey, None, AXIAL, (0.5, 0.5))
 
     assert "PerFrameFunctionalGroupsSequence" not in read(build(source, frames))
+
+
+@pytest.mark.parametrize("uid", [None, "", "HEAD"], ids=["absent", "empty", "invalid"])
+def test_a_map_without_a_frame_of_reference_passes_the_gate(tmp_path: Path, uid: str | None) -> None:
+    """A fault of the source; planes without a frame of reference would be one of ours, and keep the report back."""
+    with config.disable_value_validation():
+        headers = [ct_header(number, FrameOfReferenceUID=uid, BodyPartExamined="CHEST") for number in (1, 2, 3, 4)]
+        source = read_source(write(tmp_path, headers))
+
+    content = build(source)
+
+    assert [str(one) for one in check(content, verbatim=source.uids) if one.severity is Severity.ERROR] == []
+    assert "PerFrameFunctionalGroupsSequence" not in read(content)
+
+
+def test_a_map_of_slices_without_a_place_passes_the_gate(source: SourceStudy) -> None:
+    """The source has a frame of reference, its slices say no position."""
+    frames = [SourceFrame(one.sop_instance_uid, None, one.grey, None, None, None) for one in frames_of(source)]
+
+    content = build(source, frames)
+
+    assert [str(one) for one in check(content, verbatim=source.uids) if one.severity is Severity.ERROR] == []
 
 
 def test_same_input_gives_the_same_bytes(source: SourceStudy) -> None:
