@@ -357,15 +357,31 @@ def test_a_text_report_passes_the_gate(body: SourceStudy, flags: Sequence[Flag])
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_text_report_is_valid_for_pixelmed(body: SourceStudy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("refused", [False, True], ids=["read", "refused"])
+def test_the_text_report_is_valid_for_pixelmed(body: SourceStudy, tmp_path: Path, refused: bool) -> None:
     """TID 2000; its rules of 2022 know the sections by their older codes, and say so without an error."""
     path = tmp_path / "report.dcm"
-    path.write_bytes(encode(build_text_report(output_for(body), body, ReportSettings(), run=RUN, related=RELATED)))
+    text = build_text_report(output_for(body), body, ReportSettings(), run=RUN, related=RELATED)
+    path.write_bytes(refusal_of(body, SrSopClass.BASIC_TEXT) if refused else encode(text))
 
     complaints, said = pixelmed(path)
 
     assert [line for line in complaints if "Content Item not in template" not in line] == []
     assert "Found Root Template TID_2000" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_template_of_key_objects_is_valid_for_pixelmed(body: SourceStudy, tmp_path: Path) -> None:
+    """TID 2010."""
+    path = tmp_path / "selection.dcm"
+    path.write_bytes(encode(build_key_objects(output_for(body), body, ReportSettings(), run=RUN)))
+
+    complaints, said = pixelmed(path)
+
+    assert complaints == []
+    assert "Found Root Template TID_2010" in said
+    assert "IOD validation complete" in said
 
 
 @pytest.mark.slow
