@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from threading import Event, Thread
 from time import sleep
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +24,7 @@ from service.shared.inputs import inputs_of
 from service.shared.log import explain_exception
 from service.shared.messages import AnalysisOutput, store_output
 from service.shared.settings import QueueSettings, Settings, spool_folder
-from service.shared.study_cache import bound_cache, cache_folder
+from service.shared.study_cache import bound_cache, cache_folder, remove_cache
 from service.shared.transitions import Claim
 from workers import pipeline
 from workers.errors import Refusal, RefusalCode
@@ -264,6 +265,8 @@ def _close_read(child: Child, claim: Claim, output: AnalysisOutput, arrays: byte
         ),
     )
     log.info("analysis_read" if closed else "fence_lost", **output.counts.model_dump())
+    if not closed:
+        _leave_nothing(child, claim, path)
 
 
 def _close_refused(child: Child, claim: Claim, refusal: Refusal) -> None:
@@ -274,6 +277,8 @@ def _close_refused(child: Child, claim: Claim, refusal: Refusal) -> None:
         ),
     )
     log.info("analysis_refused" if closed else "fence_lost", code=refusal.code, reason=refusal.reason)
+    if not closed:
+        _leave_nothing(child, claim)
 
 
 def _close_fault(child: Child, claim: Claim, code: str, reason: str, *, last: bool = False) -> None:
@@ -291,6 +296,23 @@ def _close_fault(child: Child, claim: Claim, code: str, reason: str, *, last: bo
         ),
     )
     log.warning("analysis_closed", state=state or "fence lost", code=code)
+    if state is None:
+        _leave_nothing(child, claim)
+
+
+def _leave_nothing(child: Child, claim: Claim, output: Path | None = None) -> None:
+    """Remove what a worker that was taken for dead has written: meanwhile the study may have been forgotten.
+
+    Whoever holds the analysis now has files of another fence, and loses kept features, which cost time only. An output
+    that is on record was ours after all: only the answer to our commit was lost.
+    """
+    data = child.settings.data.path
+    recorded = _committed(child, lambda session: session.get_one(Analysis, claim.analysis_id).output_path)
+    if output is not None and recorded == str(output.relative_to(data)):
+        return
+    for path in [output, output.with_suffix(".npz")] if output is not None else []:
+        path.unlink(missing_ok=True)
+    remove_cache(data, claim.study_id)
 
 
 def _committed(child: Child, close: Callable[[Session], T]) -> T:

@@ -20,6 +20,7 @@ from service.shared.db import Analysis, AnalysisState, ReportText
 from service.shared.durable import digest
 from service.shared.messages import AnalysisOutput, load_output
 from service.shared.settings import ModelSettings, Settings
+from service.shared.study_cache import cache_folder
 from tests.receiving import wait_until
 from tests.rows import (
     NOW,
@@ -226,10 +227,13 @@ def test_message_that_comes_late_finds_nothing(
 def test_worker_that_lost_its_lease_changes_nothing(
     sessions: sessionmaker[Session], tmp_path: Path, reader: Reader
 ) -> None:
-    """It was taken for dead, and somebody else has begun: its output stays under its own fence, unnamed."""
-    analysis_id = add_analysis(sessions, add_study(sessions))
+    """It was taken for dead, and somebody else has begun; its output and the features it kept go, for by then the
+    study may have been forgotten."""
+    study_id = add_study(sessions)
+    analysis_id = add_analysis(sessions, study_id)
 
     def somebody_else_takes_over(_: Request) -> None:
+        cache_folder(tmp_path, study_id).mkdir(parents=True)
         assert claim(sessions, analysis_id, now=after(10**9), lease_s=1000, worker="host/2") is not None
 
     reader.end = somebody_else_takes_over
@@ -238,8 +242,28 @@ def test_worker_that_lost_its_lease_changes_nothing(
     analysis = get(sessions, Analysis, analysis_id)
     assert (analysis.state, analysis.worker, analysis.fence) == (AnalysisState.RUNNING, "host/2", 2)
     assert analysis.output_sha256 is None
-    assert (tmp_path / "outputs" / str(analysis_id) / "1.json").is_file()
+    assert not list((tmp_path / "outputs" / str(analysis_id)).iterdir())
+    assert not cache_folder(tmp_path, study_id).exists()
     assert "analysis-read" not in kinds(sessions)
+
+
+def test_output_stays_when_only_the_answer_to_the_commit_was_lost(
+    sessions: sessionmaker[Session], tmp_path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second try finds that the analysis is no longer running: it was closed by the first."""
+    analysis_id = add_analysis(sessions, add_study(sessions))
+    committed = tasks._committed
+
+    def twice(one: Any, close: Any) -> Any:
+        committed(one, close)
+        return committed(one, close)
+
+    monkeypatch.setattr(tasks, "_committed", twice)
+    run(analysis_id, child(sessions, tmp_path))
+
+    analysis = get(sessions, Analysis, analysis_id)
+    assert analysis.state is AnalysisState.READ
+    assert (tmp_path / str(analysis.output_path)).is_file()
 
 
 def test_lease_is_renewed_while_the_study_is_read(
