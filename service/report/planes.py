@@ -20,7 +20,7 @@ POSITION = (0x00200032, 0x00209113)
 
 
 class Unplaced(ValueError):
-    """The slices have no common frame of reference, orientation or spacing: a derived object has no place to lie."""
+    """The slices have no common frame of reference, orientation, spacing or thickness: nothing can lie over them."""
 
 
 def require_place(dataset: Dataset, frames: Sequence[SourceFrame]) -> None:
@@ -53,13 +53,18 @@ def dimensions(dataset: Dataset, run: RunIdentity, kind: str, pointers: Sequence
 def shared_planes(
     frames: Sequence[SourceFrame], source: SourceStudy, orientation: Sequence[float], spacing: Sequence[float]
 ) -> Dataset:
-    """Shared functional groups of planes with these row and column cosines and these distances of rows and columns."""
+    """Shared functional groups of planes with these row and column cosines and these distances of rows and columns.
+
+    frames: the whole stack, whose usual gap is the thickness where the source states none. Raises Unplaced where both
+    are unknown.
+    """
     shared, plane, measures = Dataset(), Dataset(), Dataset()
     plane.ImageOrientationPatient = [decimal(part) for part in orientation]
     measures.PixelSpacing = [decimal(part) for part in spacing]
     thickness = source.series.get("SliceThickness") or _median_gap(frames)
-    if thickness:
-        measures.SliceThickness = thickness
+    if not thickness:
+        raise Unplaced("the source states no slice thickness, and there is one position alone")
+    measures.SliceThickness = thickness
     shared.PlaneOrientationSequence = [plane]
     shared.PixelMeasuresSequence = [measures]
     return shared

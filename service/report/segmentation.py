@@ -109,7 +109,7 @@ def build_segmentation(
     _describe_pixels(dataset, shape, bits)
     dataset.SegmentSequence = [_segment(segment, output, run) for segment in present]
     dimensions(dataset, run, "SEG", (SEGMENT_NUMBER, POSITION))
-    shared = shared_planes(given, source, given[0].orientation or (), given[0].spacing or ())
+    shared = shared_planes(frames, source, given[0].orientation or (), given[0].spacing or ())
     dataset.SharedFunctionalGroupsSequence = [shared]
     dataset.PerFrameFunctionalGroupsSequence = [_frame_groups(frame, source) for frame in mask_frames]
     dataset.ReferencedSeriesSequence = referenced_series(given, source)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -35,7 +36,8 @@ from service.report.gate import Severity, check
 from service.report.identity import PriorDocument, RelatedObject, RunIdentity
 from service.report.key_objects import build_key_objects
 from service.report.parametric_map import build_parametric_map
-from service.report.pixels import DecodedOnce, PixelLimits, read_frames
+from service.report.pixels import DecodedOnce, PixelLimits, SourceFrame, read_frames
+from service.report.planes import Unplaced
 from service.report.refusal import refused_output
 from service.report.retention_map import TRANSFER_SYNTAX, build_secondary_capture, wanted_frames
 from service.report.segmentation import build_segmentation
@@ -207,13 +209,36 @@ BROKEN = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("attributes", BROKEN.values(), ids=BROKEN)
 def test_a_fault_of_the_source_stops_no_report(tmp_path: Path, attributes: dict[str, str | None]) -> None:
-    """Reports on broken headers leave without any error of ours."""
+    """Reports on broken headers, and whatever goes beside them, leave without any error of ours."""
     source = read_source(write(tmp_path, [ct_header(number, **attributes) for number in (1, 2)]))
 
-    findings = check(content_of(source), verbatim=source.uids)
+    findings = [
+        str(finding)
+        for content in (content_of(source), refusal_of(source, SrSopClass.BASIC_TEXT), *companions_of(source))
+        for finding in check(content, verbatim=source.uids)
+        if finding.severity in (Severity.ERROR, Severity.WARNING)
+    ]
 
-    assert [str(one) for one in findings if one.severity in (Severity.ERROR, Severity.WARNING)] == []
+    assert findings == []
     assert source.repairs
+
+
+def companions_of(source: SourceStudy) -> Iterator[bytes]:
+    """Those that can be built, of small grey slices."""
+    output = output_for(source)
+    arrays = arrays_of(output.retention.inputs, (4, 4))
+    grey, axial = np.full((128, 128), 90, np.uint8), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    frames = [
+        SourceFrame(one.sop_instance_uid, None, grey, (0.0, 0.0, 3.0 * place), axial, (4.0, 4.0))
+        for place, one in enumerate(source.instances)
+    ]
+    settings = ReportSettings()
+    yield encode(build_secondary_capture(output, arrays, source, frames, settings, run=RUN), TRANSFER_SYNTAX)
+    yield encode(build_pdf(output, arrays, source, dict(enumerate(frames)), settings, run=RUN))
+    yield encode(build_key_objects(output, source, settings, run=RUN))
+    with contextlib.suppress(Unplaced):  # the source has no valid frame of reference
+        yield encode(build_segmentation(output, arrays, source, frames, grey.shape, settings, run=RUN))
+        yield encode(build_parametric_map(output, arrays, source, frames, settings, run=RUN))
 
 
 NAMES = {

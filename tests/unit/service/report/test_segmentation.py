@@ -127,6 +127,21 @@ def test_a_source_without_frame_of_reference_cannot_be_masked(tmp_path: Path) ->
         build(source)
 
 
+def test_a_source_without_thickness_lends_the_gap_of_its_stack(source: SourceStudy) -> None:
+    """Of all its slices, 3 mm, and not of those that were given, 6 mm."""
+    shared = build(source).SharedFunctionalGroupsSequence[0]
+
+    assert shared.PixelMeasuresSequence[0].SliceThickness == 3
+
+
+def test_a_slice_of_unknown_thickness_cannot_be_masked(tmp_path: Path) -> None:
+    """One position alone has no gap; a mask without thickness would be a fault of ours (Type 1C)."""
+    source = read_source(write(tmp_path, [ct_header()]))
+
+    with pytest.raises(Unplaced, match="no slice thickness"):
+        build(source)
+
+
 def test_nothing_shown_is_nothing_to_mask(source: SourceStudy) -> None:
     """An analysis of nothing has no mask."""
     output = output_for(source)
