@@ -40,7 +40,7 @@ APPLICATION_CONTEXT_NAME = UID("1.2.840.10008.3.1.1.1")
 BACKLOG = 128
 CLOSING_S = 2.0  # for an aborted association to end by itself
 NO_DESCRIPTORS_PAUSE_S = 0.1  # before the next connection is tried when none could be had
-MAX_EVENT_INFORMATION_BYTES = 1 << 21  # ten thousand references
+MAX_INFORMATION_BYTES = 1 << 21  # of an N-EVENT-REPORT or N-ACTION; ten thousand references
 REMEMBERED_CONTEXTS = 4096  # proposals whose answer is known
 
 log = structlog.get_logger(__name__)
@@ -101,6 +101,17 @@ class EventReport:
     event_information: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class ActionRequest:
+    """One N-ACTION-RQ, with its whole Action Information as it was encoded."""
+
+    requested_sop_class_uid: str | None
+    requested_sop_instance_uid: str | None
+    action_type: int | None
+    transfer_syntax_uid: str
+    action_information: bytes
+
+
 class Interrupted(Exception):
     """The data set will not become whole: keep nothing of it, answer nothing, let this pass."""
 
@@ -122,6 +133,10 @@ class Service(Protocol):
 
     def event_report(self, peer: Peer, report: EventReport) -> int:
         """The status of an N-EVENT-REPORT; 0x0000 only for what is durable."""
+        ...
+
+    def action(self, peer: Peer, request: ActionRequest) -> int:
+        """The status of an N-ACTION; 0x0000 only for what is durable."""
         ...
 
     def store(self, peer: Peer, request: StoreRequest) -> int:
@@ -324,7 +339,7 @@ class _Association:
         self.connection = Connection(
             transport, idle_timeout_s=limits.idle_timeout_s, pdu_timeout_s=limits.pdu_timeout_s
         )
-        self.thread = Thread(target=self._run, name=f"AcceptorThread@{association_id}", daemon=True)
+        self.thread = Thread(target=self._run, name=f"association:{association_id}", daemon=True)
         self._acceptor = acceptor
         self._service = acceptor.service
         self._limits = limits
@@ -332,6 +347,7 @@ class _Association:
         self._tls = tls
         self._peer: Peer | None = None
         self._accepted: dict[int, str] = {}  # presentation context id -> transfer syntax
+        self._provided: set[int] = set()  # of these, where the peer is the provider alone
         self._peer_max_pdu_bytes = 0
 
     def stop(self) -> None:
@@ -396,13 +412,22 @@ class _Association:
 
     def _acceptance(self, request: A_ASSOCIATE, peer: Peer) -> bytes:
         answers = [self._acceptor.negotiate(context) for context in request.presentation_context_definition_list]
-        providers = _provided(request)
+        proposed_roles, roles = _roles(request), {}
         for answer in answers:
-            abstract_syntax = cast(UID, answer.abstract_syntax)
-            if answer.result == 0 and not self._service.may(peer, abstract_syntax, abstract_syntax in providers):
+            abstract_syntax, context_id = cast(UID, answer.abstract_syntax), cast(int, answer.context_id)
+            as_user, as_provider = proposed_roles.get(abstract_syntax, (True, False))
+            role = (
+                as_user and self._service.may(peer, abstract_syntax, False),
+                as_provider and self._service.may(peer, abstract_syntax, True),
+            )
+            if answer.result == 0 and not any(role):
                 answer.result = 3  # abstract syntax not supported
             if answer.result == 0:
-                self._accepted[cast(int, answer.context_id)] = str(answer.transfer_syntax[0])
+                self._accepted[context_id] = str(answer.transfer_syntax[0])
+                if not role[0]:
+                    self._provided.add(context_id)
+                if as_provider:  # of who is a user only, nothing needs to be said
+                    roles[abstract_syntax] = role
         self._peer_max_pdu_bytes = request.maximum_length_received or 0
         length = MaximumLengthNotification()
         length.maximum_length_received = self._limits.max_pdu_bytes
@@ -417,9 +442,12 @@ class _Association:
         primitive.result = 0x00
         primitive.result_source = 0x01
         primitive.presentation_context_definition_results_list = answers
-        served = {answer.abstract_syntax for answer in answers if answer.result == 0}
-        roles = [_as_provider(uid) for uid in providers if uid in served]
-        primitive.user_information = [length, implementation_class, implementation_version, *roles]
+        primitive.user_information = [
+            length,
+            implementation_class,
+            implementation_version,
+            *(_selected(uid, role) for uid, role in roles.items()),
+        ]
         return bytes(A_ASSOCIATE_AC(primitive).encode())
 
     # --- messages ---
@@ -440,6 +468,8 @@ class _Association:
                 status = 0x0000
             elif command.field == CommandField.N_EVENT_REPORT_RQ and command.has_data_set:
                 status = self._event_report(peer, command, context_id, pdvs)
+            elif command.field == CommandField.N_ACTION_RQ and command.has_data_set:
+                status = self._action(peer, command, context_id, pdvs)
             elif command.field == CommandField.C_CANCEL_RQ:
                 continue
             else:
@@ -480,16 +510,32 @@ class _Association:
         return status
 
     def _event_report(self, peer: Peer, command: Command, context_id: int, pdvs: Iterator[Pdv]) -> int:
+        content = self._read_information(context_id, pdvs)
+        report = EventReport(command.affected_sop_class_uid, self._accepted[context_id], content)
+        return self._service.event_report(peer, report)
+
+    def _action(self, peer: Peer, command: Command, context_id: int, pdvs: Iterator[Pdv]) -> int:
+        request = ActionRequest(
+            requested_sop_class_uid=command.affected_sop_class_uid,
+            requested_sop_instance_uid=command.affected_sop_instance_uid,
+            action_type=command.action_type,
+            transfer_syntax_uid=self._accepted[context_id],
+            action_information=self._read_information(context_id, pdvs),
+        )
+        if context_id in self._provided:
+            return 0x0124  # not authorised: in this context it is the provider
+        return self._service.action(peer, request)
+
+    def _read_information(self, context_id: int, pdvs: Iterator[Pdv]) -> bytes:
         content = bytearray()
         try:
             for fragment in self._read_data_set(context_id, pdvs):
-                if len(content) + len(fragment) > MAX_EVENT_INFORMATION_BYTES:
-                    raise Violation(f"event information above {MAX_EVENT_INFORMATION_BYTES} bytes")
+                if len(content) + len(fragment) > MAX_INFORMATION_BYTES:
+                    raise Violation(f"event or action information above {MAX_INFORMATION_BYTES} bytes")
                 content += fragment
         except Interrupted as interrupted:
             raise cast(Ended, interrupted.__cause__) from None
-        report = EventReport(command.affected_sop_class_uid, self._accepted[context_id], bytes(content))
-        return self._service.event_report(peer, report)
+        return bytes(content)
 
     def _read_data_set(self, context_id: int, pdvs: Iterator[Pdv]) -> Iterator[memoryview]:
         try:
@@ -528,21 +574,20 @@ def _decoded(content: bytes) -> A_ASSOCIATE:
     return request
 
 
-def _provided(request: A_ASSOCIATE) -> list[UID]:
-    """The classes that the peer proposes to be the provider of, although it is the one that calls."""
-    return [
-        cast(UID, item.sop_class_uid)
+def _roles(request: A_ASSOCIATE) -> dict[UID, tuple[bool, bool]]:
+    """The classes of which the peer proposes to be user, provider or both; without a word it is the user."""
+    return {
+        cast(UID, item.sop_class_uid): (bool(item.scu_role or not item.scp_role), bool(item.scp_role))
         for item in request.user_information
-        if isinstance(item, SCP_SCU_RoleSelectionNegotiation) and item.scp_role
-    ]
+        if isinstance(item, SCP_SCU_RoleSelectionNegotiation)
+    }
 
 
-def _as_provider(uid: UID) -> SCP_SCU_RoleSelectionNegotiation:
-    role = SCP_SCU_RoleSelectionNegotiation()
-    role.sop_class_uid = uid
-    role.scu_role = False
-    role.scp_role = True
-    return role
+def _selected(uid: UID, role: tuple[bool, bool]) -> SCP_SCU_RoleSelectionNegotiation:
+    item = SCP_SCU_RoleSelectionNegotiation()
+    item.sop_class_uid = uid
+    item.scu_role, item.scp_role = role
+    return item
 
 
 def _rejection(refusal: Refusal) -> bytes:

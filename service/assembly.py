@@ -24,6 +24,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
+from service import commitment_requests, custody
 from service.shared import audit, transitions
 from service.shared.audit import AuditKind
 from service.shared.db import Instance, Result, Study, StudyHeader, StudyState
@@ -121,8 +122,10 @@ def ingest_for_ever(settings: Settings, sessions: sessionmaker[Session], spool: 
                 if not rebuilt:
                     rebuild(settings, sessions, spool, now)
                     rebuilt = True
+                asked = list(commitment_requests.requests(spool.path))  # before: so what they name is in the rows after
                 done = ingest(settings, sessions, spool, now)
                 complete_quiet(settings, sessions, spool, now)
+                custody.decide(asked, sessions, spool, now)
             except (OperationalError, InterfaceError) as error:
                 log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
             except Exception as error:  # noqa: BLE001  # this loop must live; what went wrong is logged and tried again

@@ -1,4 +1,4 @@
-"""Command sets of C-STORE, C-ECHO and N-EVENT-REPORT: Implicit VR Little Endian always (PS3.7 6.3.1).
+"""Command sets of C-STORE, C-ECHO, N-EVENT-REPORT and N-ACTION: Implicit VR Little Endian always (PS3.7 6.3.1).
 
 The library's classes take a millisecond for a request and its answer, longer than a slice takes to arrive; a
 test holds these encodings equal to the library's. Knows nothing of PDUs or associations.
@@ -20,17 +20,21 @@ class CommandField(IntEnum):
     C_STORE_RQ = 0x0001
     C_ECHO_RQ = 0x0030
     N_EVENT_REPORT_RQ = 0x0100
+    N_ACTION_RQ = 0x0130
     C_CANCEL_RQ = 0x0FFF  # needs no answer, and there is nothing to cancel
 
 
 _GROUP_LENGTH = 0x0000
 _AFFECTED_SOP_CLASS_UID = 0x0002
+_REQUESTED_SOP_CLASS_UID = 0x0003
 _COMMAND_FIELD = 0x0100
 _MESSAGE_ID = 0x0110
 _MESSAGE_ID_BEING_RESPONDED_TO = 0x0120
 _DATA_SET_TYPE = 0x0800
 _STATUS = 0x0900
 _AFFECTED_SOP_INSTANCE_UID = 0x1000
+_REQUESTED_SOP_INSTANCE_UID = 0x1001
+_ACTION_TYPE_ID = 0x1008
 
 
 class Malformed(Exception):
@@ -39,29 +43,35 @@ class Malformed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A request. UIDs are None where it has none."""
+    """A request. UIDs are None where it has none; what an N-ACTION requests is what its answer calls affected."""
 
     field: int
     message_id: int
     has_data_set: bool
     affected_sop_class_uid: str | None
     affected_sop_instance_uid: str | None
+    action_type: int | None = None
 
 
 def decode_command(content: bytes) -> Command:
     """The request in `content`; Malformed when it lacks what an answer needs or what the next bytes mean."""
     elements = _elements(content)
+    field = _number(elements, _COMMAND_FIELD)
+    is_action = field == CommandField.N_ACTION_RQ
     return Command(
-        field=_number(elements, _COMMAND_FIELD),
+        field=field,
         message_id=_number(elements, _MESSAGE_ID),
         has_data_set=_number(elements, _DATA_SET_TYPE) != NO_DATA_SET,
-        affected_sop_class_uid=_uid(elements, _AFFECTED_SOP_CLASS_UID),
-        affected_sop_instance_uid=_uid(elements, _AFFECTED_SOP_INSTANCE_UID),
+        affected_sop_class_uid=_uid(elements, _REQUESTED_SOP_CLASS_UID if is_action else _AFFECTED_SOP_CLASS_UID),
+        affected_sop_instance_uid=_uid(
+            elements, _REQUESTED_SOP_INSTANCE_UID if is_action else _AFFECTED_SOP_INSTANCE_UID
+        ),
+        action_type=_number(elements, _ACTION_TYPE_ID) if is_action else None,
     )
 
 
 def encode_answer(request: Command, status: int) -> bytes:
-    """The answer to a C-STORE-RQ, C-ECHO-RQ or N-EVENT-REPORT-RQ (PS3.7 tables 9.3-2, 9.3-13 and 10.3-2)."""
+    """The answer to any of them (PS3.7 tables 9.3-2, 9.3-13, 10.3-2 and 10.3-8)."""
     elements = b"".join(
         (
             _encoded_uid(_AFFECTED_SOP_CLASS_UID, request.affected_sop_class_uid),

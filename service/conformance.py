@@ -34,8 +34,9 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     Verification,
 )
 
-from service import commitment, receiver
+from service import commitment, custody, receiver
 from service.atna import Event, Node, Peer, StudyObject, messages
+from service.commitment_answers import MOST_REFERENCES, PUSH_MODEL_INSTANCE
 from service.delivery import Verdict, judge
 from service.report import codes, example, words
 from service.report.attributes import Action
@@ -113,6 +114,7 @@ def statement(settings: Settings) -> str:
         _overview(),
         _application_entity(settings),
         _receiving(),
+        _vouching(settings),
         _sending(),
         _proving(),
         _objects(),
@@ -143,14 +145,15 @@ def _overview() -> Iterator[str]:
             ("Verification", Verification, "yes", "yes"),
             (f"{len(accepted_classes()) - 1} storage classes and any private one (section 3)", "", "", "yes"),
             *((UID(uid).name, uid, "yes", "yes") for uid in SENT),
-            (PUSH_MODEL.name, PUSH_MODEL, "option", ""),
+            (PUSH_MODEL.name, PUSH_MODEL, "option", "option"),
             (FIND.name, FIND, "option", ""),
         ],
     )
     yield ""
     yield (
         "No retrieve, no worklist, no MPPS, no DICOMweb, no media. Storage commitment and query are used to prove that "
-        "a result has arrived (section 4), where a destination is configured for it."
+        "a result has arrived (section 4), where a destination is configured for it. Storage commitment is given where "
+        "it is switched on (section 3)."
     )
     yield ""
 
@@ -178,7 +181,8 @@ def _application_entity(settings: Settings) -> Iterator[str]:
             ("Maximum PDU received", f"{scp.max_pdu_bytes} bytes (`[scp] max_pdu_bytes`)"),
             ("Associations at one time", f"{scp.max_associations} (`[scp] max_associations`)"),
             ("Asynchronous operations", "none"),
-            ("Role selection, extended negotiation, user identity", "none"),
+            ("Role selection", "for the Storage Commitment Push Model only (sections 3 and 4)"),
+            ("Extended negotiation, user identity", "none"),
             (
                 "Who may associate",
                 "calling AE titles of `[[source]]`, from their host where one is given, calling us by our AE title; "
@@ -211,6 +215,52 @@ def _receiving() -> Iterator[str]:
         receiver.Status.UNREADABLE: "nothing in it can be read as a data set",
     }
     yield from _table(("Status", "Given when"), [(f"0x{status:04X}", meaning[status]) for status in receiver.Status])
+    yield ""
+
+
+def _vouching(settings: Settings) -> Iterator[str]:
+    yield "### Storage commitment (SCP)"
+    yield ""
+    state = "on" if settings.scp.storage_commitment else "off"
+    yield (
+        f"`[scp] storage_commitment` is {state} here. Where it is off, the Push Model is refused in the negotiation. "
+        "Where it is on, a `[[source]]` may ask by N-ACTION, in any uncompressed syntax, with or without proposing the "
+        "SCU role. The answer is an N-EVENT-REPORT on an association that we open to its `commitment_port`, under the "
+        "AE title that it called, proposing the SCP role (PS3.7 D.3.3.4) and Explicit or Implicit VR Little Endian; "
+        "never on the association of the request."
+    )
+    yield ""
+    malformed = f"Transaction UID or references are missing or malformed, or more than {MOST_REFERENCES}"
+    yield from _table(
+        ("Status of the N-ACTION", "Given when"),
+        [
+            ("0x0000", "the request is durable; it survives the death of the service"),
+            ("0x0112", f"it is not of the well-known SOP Instance {PUSH_MODEL_INSTANCE}"),
+            ("0x0115", malformed),
+            ("0x0118", "it is not of the Push Model"),
+            ("0x0123", "its Action Type ID is not 1"),
+            ("0x0124", "the `[[source]]` has no `commitment_port`, so nobody could be told"),
+            ("0x0213", "it cannot be kept"),
+        ],
+    )
+    yield ""
+    yield from _table(
+        ("Failure Reason (0008,1197)", "Given when"),
+        [
+            (f"0x{custody.NO_SUCH_INSTANCE:04X}", "it was not received, or it was removed before it was asked for"),
+            (f"0x{custody.CLASS_CONFLICT:04X}", "what was received under this UID is of another SOP class"),
+            (f"0x{custody.PROCESSING_FAILURE:04X}", "what lies on the disk is not what was received"),
+        ],
+    )
+    yield ""
+    yield (
+        "What has not failed is committed: durable, read back and equal in its SHA-256 to what was received. It is "
+        "kept until its study is erased on command (`forget`); no age removes it. A report that is not answered with "
+        f"Success is sent again, after {custody.FIRST_DELAY_S:g} s, then at intervals that double up to "
+        f"{custody.LONGEST_DELAY_S / 3600:g} h, for {custody.GIVEN_UP_AFTER.days} days; it may come twice where the "
+        "service died meanwhile. The same Transaction UID with the same references while its report waits is the same "
+        "request. Retrieve AE Title and Storage Media are never given."
+    )
     yield ""
 
 
@@ -482,7 +532,6 @@ def _security_and_limits() -> Iterator[str]:
         "certificates of the peer are checked where an authority is configured."
     )
     yield "- De-identification: none."
-    yield "- Storage commitment is asked for as SCU, not given as SCP."
     yield (
         "- IHE AI Results (AIR): designed to it, from what is quoted of Rev. 1.1 in public; Rev. 1.3 was not read. "
         "Held: Comprehensive 3D SR under TID 1500; Procedure Reported is the imaging procedure; each algorithm in "

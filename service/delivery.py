@@ -22,7 +22,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service import commitment
+from service import commitment, custody
 from service.report.encoding import transcoded
 from service.requestor import Absence, associate
 from service.shared import delivery_transitions
@@ -92,6 +92,7 @@ def deliver_for_ever(settings: Settings, sessions: sessionmaker[Session], stop: 
         for destination in settings.destination
         for share in range(destination.concurrency)
     ]
+    threads.append(Thread(target=_report_for_ever, args=(settings, sessions, stop), name="commitment reports"))
     for thread in threads:
         thread.start()
     _take_answers(settings, sessions, stop)
@@ -122,6 +123,19 @@ def _take_answers(settings: Settings, sessions: sessionmaker[Session], stop: Eve
     while not stop.is_set():
         try:
             commitment.take_answers(spool_folder(settings), sessions, destinations, datetime.now(UTC))
+        except DBAPIError as error:
+            log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
+        except Exception as error:  # noqa: BLE001  # this loop must live; what went wrong is logged and tried again
+            log.error("commitment_fault", error=explain_exception(error))
+        stop.wait(settings.assembly.sweep_s)
+
+
+def _report_for_ever(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
+    """What became of requests for storage commitment, told to who asked, until `stop`."""
+    reporter = custody.Reporter(settings, sessions, spool_folder(settings))
+    while not stop.is_set():
+        try:
+            reporter.report_due(datetime.now(UTC))
         except DBAPIError as error:
             log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
         except Exception as error:  # noqa: BLE001  # this loop must live; what went wrong is logged and tried again

@@ -17,6 +17,7 @@ from io import BytesIO
 from threading import Event, Lock, Thread
 
 import structlog
+from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.uid import (
     UID,
@@ -28,10 +29,10 @@ from pydicom.uid import (
 from pynetdicom import ALL_TRANSFER_SYNTAXES
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
-from service import commitment_answers
-from service.acceptor import Acceptor, EventReport, Interrupted, Limits, Peer, Refusal, StoreRequest
+from service import commitment_answers, commitment_requests
+from service.acceptor import Acceptor, ActionRequest, EventReport, Interrupted, Limits, Peer, Refusal, StoreRequest
 from service.certificates import server_context
-from service.commitment_answers import PUSH_MODEL
+from service.commitment_answers import PUSH_MODEL, PUSH_MODEL_INSTANCE
 from service.instance_header import PREFIX_BYTES, Header, Unreadable, read_header, walk_header
 from service.refusals import Refusals, Refused
 from service.shared.log import explain_exception
@@ -53,6 +54,9 @@ HEARTBEAT_S = HEARTBEAT_STALE_S / 3
 # Their pixel data lies on another server or in another stream: what is stored would not be the instance.
 _NOT_IN_THE_OBJECT = re.compile(r"1\.2\.840\.10008\.1\.2\.(4\.(94|95|204|205)|7\..*)")
 TRANSFER_SYNTAXES = frozenset(uid for uid in ALL_TRANSFER_SYNTAXES if not _NOT_IN_THE_OBJECT.fullmatch(uid))
+
+# Of the information of an N-ACTION or N-EVENT-REPORT, which is read here and not stored.
+READABLE_WHOLE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian)
 
 # Components with leading zeros occur in the field and do no harm; anything else that is no UID is refused.
 _UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
@@ -208,6 +212,12 @@ def _limits(scp: ScpSettings) -> Limits:
     )
 
 
+def _data_set(content: bytes, transfer_syntax_uid: str) -> Dataset:
+    """What came whole: the information of an N-EVENT-REPORT or N-ACTION. Raises whatever the bytes lead pydicom to."""
+    syntax = UID(transfer_syntax_uid)
+    return read_dataset(BytesIO(content), syntax.is_implicit_VR, syntax.is_little_endian)
+
+
 def _take(request: StoreRequest, draft: Draft) -> Header:
     """Write the data set as it comes, and say what it is."""
     prefix = b""
@@ -235,7 +245,7 @@ class _Tally:
 
 
 class Receiver:
-    """The Storage and Verification SCP. Writes to the spool, and to nothing else."""
+    """The Storage, Verification and Storage Commitment SCP. Writes to the spool, and to nothing else."""
 
     def __init__(
         self,
@@ -339,16 +349,22 @@ class Receiver:
         return None
 
     def transfer_syntaxes(self, abstract_syntax: UID, proposed: Sequence[UID]) -> list[UID]:
-        if abstract_syntax in (Verification, PUSH_MODEL) or is_storage(abstract_syntax):
+        if abstract_syntax == PUSH_MODEL:
+            return [uid for uid in acceptable(proposed) if uid in READABLE_WHOLE] or [ExplicitVRLittleEndian]
+        if abstract_syntax == Verification or is_storage(abstract_syntax):
             # where nothing fits, one that was not proposed: the answer then blames the syntaxes, not the class
             return acceptable(proposed) or [ExplicitVRLittleEndian]
         return []
 
     def may(self, peer: Peer, abstract_syntax: UID, as_provider: bool) -> bool:
-        """Storage from sources; storage commitment from whom we ask for it, which then calls as its provider."""
+        """Storage from sources, and where it is on storage commitment too; that also from whom we ask for it, which
+        then calls as its provider."""
+        is_source = self._open[peer.association_id].is_source
         if abstract_syntax == PUSH_MODEL:
-            return as_provider and (peer.calling_ae, peer.called_ae) in self._vouching
-        return not as_provider and (abstract_syntax == Verification or self._open[peer.association_id].is_source)
+            if as_provider:
+                return (peer.calling_ae, peer.called_ae) in self._vouching
+            return self._scp.storage_commitment and is_source
+        return not as_provider and (abstract_syntax == Verification or is_source)
 
     def event_report(self, peer: Peer, report: EventReport) -> int:
         """Keep an answer to storage commitment for delivery.
@@ -360,9 +376,7 @@ class Receiver:
             log.warning("event_report_refused", **names, reason="not of the Storage Commitment Push Model")
             return 0x0118  # no such SOP class
         try:
-            syntax = UID(report.transfer_syntax_uid)
-            stream = BytesIO(report.event_information)
-            dataset = read_dataset(stream, syntax.is_implicit_VR, syntax.is_little_endian)
+            dataset = _data_set(report.event_information, report.transfer_syntax_uid)
             answer = commitment_answers.decode(dataset, peer.calling_ae)
             commitment_answers.keep(self._spool.path, answer)
         except commitment_answers.BadAnswer as error:
@@ -375,6 +389,53 @@ class Receiver:
             log.warning("event_report_refused", **names, reason=explain_exception(error))
             return 0x0115
         log.info("commitment_answered", **names, committed=len(answer.committed), failed=len(answer.failed))
+        return 0x0000
+
+    def action(self, peer: Peer, request: ActionRequest) -> int:
+        """Keep a request for storage commitment; what we vouch for is told on an association of our own.
+
+        0x0000 only when it is durable · 0x0112, 0x0118, 0x0123 it asks for something else · 0x0115 it is malformed
+        0x0124 nobody could be told · 0x0213 it cannot be kept
+        """
+        names = {"calling_ae": peer.calling_ae, "association_id": peer.association_id}
+        if request.requested_sop_class_uid != PUSH_MODEL:
+            log.warning("commitment_refused", **names, reason="not of the Storage Commitment Push Model")
+            return 0x0118  # no such SOP class
+        if request.requested_sop_instance_uid != PUSH_MODEL_INSTANCE:
+            log.warning("commitment_refused", **names, reason="not of its well-known SOP Instance")
+            return 0x0112  # no such SOP instance
+        if request.action_type != commitment_requests.REQUEST_STORAGE_COMMITMENT:
+            log.warning("commitment_refused", **names, reason="an unknown Action Type ID")
+            return 0x0123  # no such action
+        if not any(one.ae_title == peer.calling_ae and one.commitment_port for one in self._sources):
+            reason = "storage commitment is asked for, and there is no address to answer to"
+            remedy = f'[[source]] ae_title = "{peer.calling_ae}", commitment_port = the port that it listens on'
+            log.warning("commitment_refused", **names, address=peer.address, reason=reason, remedy=remedy)
+            self._record(peer.address, peer, reason, remedy)
+            return 0x0124  # not authorised
+        try:
+            dataset = _data_set(request.action_information, request.transfer_syntax_uid)
+            transaction_uid, references = commitment_requests.decode(dataset)
+            kept = commitment_requests.Request(
+                transaction_uid=transaction_uid,
+                references=references,
+                calling_ae=peer.calling_ae,
+                called_ae=peer.called_ae,
+                address=peer.address,
+                association_id=peer.association_id,
+                requested_at=datetime.now(UTC),
+            )
+            commitment_requests.keep_request(self._spool.path, kept)
+        except commitment_requests.BadRequest as error:
+            log.warning("commitment_refused", **names, reason=str(error))
+            return 0x0115  # invalid argument value
+        except OSError as error:
+            log.error("commitment_refused", **names, reason=f"it cannot be kept: {error.strerror}")
+            return 0x0213  # resource limitation
+        except Exception as error:  # noqa: BLE001  # what hostile bytes lead the library to
+            log.warning("commitment_refused", **names, reason=explain_exception(error))
+            return 0x0115
+        log.info("commitment_requested", **names, instances=len(references))
         return 0x0000
 
     def store(self, peer: Peer, request: StoreRequest) -> int:

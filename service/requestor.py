@@ -14,6 +14,7 @@ from typing import Any
 from pydicom.uid import ImplicitVRLittleEndian
 from pynetdicom import AE, build_context, evt
 from pynetdicom.association import Association
+from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
 from pynetdicom.presentation import PresentationContext
 
 from service.certificates import CertificateError, client_context
@@ -42,8 +43,14 @@ def associate(
     scp: ScpSettings,
     contexts: Sequence[PresentationContext],
     handlers: Sequence[Any] = (),
+    *,
+    roles: Sequence[SCP_SCU_RoleSelectionNegotiation] = (),
+    section: str = "[[destination]]",
 ) -> Association | Absence:
-    """An established association, or what its absence means. The caller releases it."""
+    """An established association, or what its absence means. The caller releases it.
+
+    roles: proposed where we are not the user of a class. section: of the configuration, where the address stands.
+    """
     application = AE(ae_title=destination.calling_ae_title or scp.ae_title)
     application.connection_timeout = destination.timeout_s
     application.acse_timeout = destination.timeout_s
@@ -59,16 +66,17 @@ def associate(
             ae_title=destination.ae_title,
             tls_args=tls,
             evt_handlers=[(evt.EVT_CONN_OPEN, connections.append), *handlers],
+            ext_neg=list(roles),
         )
     except CertificateError as error:
-        return Absence(f"TLS for [[destination]] {destination.name}: {error}")
+        return Absence(f"TLS for {section} {destination.name}: {error}")
     except (OSError, UnicodeError):  # from the resolver
-        return Absence(f"{where(destination)}: no such host; check [[destination]] host")
+        return Absence(f"{where(destination)}: no such host; check {section} host")
     if association.is_established:
         return association
     if association.rejected_contexts:  # and none accepted: then pynetdicom aborts by itself
         return Absence(f"{where(destination)} takes none of the proposed SOP classes", unsupported=True)
-    return Absence(_why_not(association, destination, connected=bool(connections)))
+    return Absence(_why_not(association, destination, connected=bool(connections), section=section))
 
 
 def tls_context(destination: DestinationSettings) -> ssl.SSLContext:
@@ -82,12 +90,12 @@ def tls_context(destination: DestinationSettings) -> ssl.SSLContext:
     )
 
 
-def tls_fault(destination: DestinationSettings) -> str | None:
+def tls_fault(destination: DestinationSettings, section: str = "[[destination]]") -> str | None:
     """Why no TLS connection comes about, in words; None when the handshake is well. Connects, and hangs up.
 
     Asked after a failure only: pynetdicom keeps the reason to itself.
     """
-    remedy = f"see tls_* of [[destination]] {destination.name}"
+    remedy = f"see tls_* of {section}"
     try:
         with (
             socket.create_connection((destination.host, destination.port), destination.timeout_s) as plain,
@@ -109,9 +117,10 @@ def tls_fault(destination: DestinationSettings) -> str | None:
     return None
 
 
-def echo(destination: DestinationSettings, scp: ScpSettings) -> tuple[bool, str]:
+def echo(destination: DestinationSettings, scp: ScpSettings, section: str = "[[destination]]") -> tuple[bool, str]:
     """C-ECHO the destination: whether it answered, and a sentence for people."""
-    association = associate(destination, scp, [build_context(VERIFICATION, ImplicitVRLittleEndian)])
+    contexts = [build_context(VERIFICATION, ImplicitVRLittleEndian)]
+    association = associate(destination, scp, contexts, section=section)
     if isinstance(association, Absence):
         if association.unsupported:
             return False, f"{where(destination)} takes no Verification ({VERIFICATION})"
@@ -129,18 +138,18 @@ def echo(destination: DestinationSettings, scp: ScpSettings) -> tuple[bool, str]
     return True, f"{where(destination)} answers C-ECHO with Success{' over TLS' if destination.tls else ''}"
 
 
-def _why_not(association: Association, destination: DestinationSettings, *, connected: bool) -> str:
+def _why_not(association: Association, destination: DestinationSettings, *, connected: bool, section: str) -> str:
     if association.is_rejected:
         primitive = association.acceptor.primitive
         why = f"{primitive.result_str}: {primitive.reason_str}" if primitive else "no reason given"
         return f"{where(destination)} rejects the association ({why}); check the AE titles on both sides"
     if destination.tls and _listens(destination):
-        fault = tls_fault(destination)
+        fault = tls_fault(destination, section)
         if fault is not None:
             return f"{where(destination)}: {fault}"
     if connected:
         return f"{where(destination)} aborted the association"
-    return f"{where(destination)} cannot be reached; check [[destination]] host and port, and that the PACS is up"
+    return f"{where(destination)} cannot be reached; check {section} host and port, and that the PACS is up"
 
 
 def _listens(destination: DestinationSettings) -> bool:

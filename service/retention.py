@@ -120,7 +120,10 @@ def remove_for_ever(settings: Settings, sessions: sessionmaker[Session], spool: 
 def remove_instances(
     sessions: sessionmaker[Session], spool: Spool, data: Path, *, keep_days: float, now: datetime
 ) -> int:
-    """Remove the settled instances of every study that may go, and the features kept of it; how many instances."""
+    """Remove the settled instances of every study that may go, and the features kept of it; how many instances.
+
+    What its sender was promised to be kept (custody.py) never goes by age; `forget` alone removes it.
+    """
     removed = 0
     limit = now.timestamp() - keep_days * 86_400
     for paths in spool.settled_studies():
@@ -133,26 +136,42 @@ def remove_instances(
             continue
         if key(study_uid) in spool.open_studies(now):
             continue
-        with sessions.begin() as session:
-            study = session.scalars(select(Study).where(Study.study_uid == study_uid)).one_or_none()
-            if study is None or why_kept(_standing(session, study), now=now, keep_days=keep_days):
-                continue
-            audit.append(
-                session,
-                AuditKind.SPOOL_REMOVED,
-                now=now,
-                actor=ACTOR,
-                study_id=study.id,
-                instances=len(paths),
-                keep_days=keep_days,
-            )
-        # only what was seen before the decision: an instance that came meanwhile opens the study again
-        for path in paths:
-            remove_instance(path)
-        remove_cache(data, study.id)
-        removed += len(paths)
-        log.info("spool_removed", study_id=study.id, instances=len(paths))
+        with spool.removing_or_committing():
+            removed += _remove_study(sessions, spool, data, study_uid, paths, keep_days=keep_days, now=now)
     return removed
+
+
+def _remove_study(
+    sessions: sessionmaker[Session],
+    spool: Spool,
+    data: Path,
+    study_uid: str,
+    paths: Sequence[Path],
+    *,
+    keep_days: float,
+    now: datetime,
+) -> int:
+    if spool.is_committed(study_uid):
+        return 0
+    with sessions.begin() as session:
+        study = session.scalars(select(Study).where(Study.study_uid == study_uid)).one_or_none()
+        if study is None or why_kept(_standing(session, study), now=now, keep_days=keep_days):
+            return 0
+        audit.append(
+            session,
+            AuditKind.SPOOL_REMOVED,
+            now=now,
+            actor=ACTOR,
+            study_id=study.id,
+            instances=len(paths),
+            keep_days=keep_days,
+        )
+    # only what was seen before the decision: an instance that came meanwhile opens the study again
+    for path in paths:
+        remove_instance(path)
+    remove_cache(data, study.id)
+    log.info("spool_removed", study_id=study.id, instances=len(paths))
+    return len(paths)
 
 
 def remove_results(sessions: sessionmaker[Session], data: Path, *, keep_days: float, now: datetime) -> int:
@@ -234,7 +253,8 @@ def forget(
         filed = session.scalars(
             select(Instance.path).where((Instance.study_id == study_id) | Instance.sop_instance_uid.in_(uids))
         ).all()
-    instances = _remove_filed(spool, study.study_uid, filed)
+    with spool.removing_or_committing():
+        instances = _remove_filed(spool, study.study_uid, filed)
     remove_cache(data, study_id)
     files, outputs = _remove_outputs(data, analyses, [row.path for row in results])
     with sessions.begin() as session:

@@ -5,6 +5,7 @@ Files only; names come from digests, never from what a sender wrote. Knows nothi
     incoming/<token>-<counter>.slot                         an empty file made ahead, or an instance that is arriving
     incoming/<time>-<pid>-<counter>.dcm                     an acknowledged instance that waits for ingest, by arrival
     studies/<study key>/<instance key>-<content key>.dcm    one Part 10 file per distinct instance
+    studies/<study key>/committed                           its sender was promised that it is kept: no age removes it
     associations/<association id>.json                      heartbeat; gone when older than HEARTBEAT_STALE_S
     unusable/                                               what could not be read, kept for a person
     tmp/                                                    what is being written; emptied by a new receiver
@@ -32,6 +33,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from hashlib import file_digest, sha256
@@ -40,7 +42,7 @@ from typing import Any, BinaryIO, ClassVar, TypeVar
 
 from pydantic import AwareDatetime, ConfigDict, TypeAdapter, ValidationError
 
-from service.shared.durable import sync_folder
+from service.shared.durable import sync_folder, write_durably
 from service.slots import SUFFIX, Slots
 
 RECEIPT_VERSION = 1
@@ -49,6 +51,7 @@ IMPLEMENTATION_CLASS_UID = "2.25.189379385699083891714922590556693550384"  # dra
 IMPLEMENTATION_VERSION_NAME = "MEDPRUNER_0_1"  # at most 16 characters
 RECEIPT_CREATOR_UID = "2.25.132170137356285793956309408053203975900"  # drawn once: who wrote (0002,0102), PS3.10 7.1
 KEY_LENGTH = 24  # hexadecimal digits, 96 bits
+COMMITTED = "committed"
 RECEIPT_BYTES = 1536  # the longest receipt has about 1100
 META_BYTES = 144  # preamble, prefix and group length: what stands before the other file meta information
 CHECK_SPACE_EVERY_BYTES = 64 << 20  # of an instance that is arriving
@@ -392,6 +395,7 @@ class Spool:
         settled = [path for path in _files(folder) if _is_settled(path)]
         for path in settled:
             remove_instance(path)
+        (folder / COMMITTED).unlink(missing_ok=True)
         for receipt in folder.glob("*.json"):  # of a removal that was cut short
             if not receipt.with_suffix(".dcm").exists():
                 receipt.unlink(missing_ok=True)
@@ -401,6 +405,32 @@ class Spool:
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                 raise
         return len(settled)
+
+    @contextmanager
+    def removing_or_committing(self) -> Iterator[None]:
+        """One at a time, over all processes: nothing is removed while it is promised, or promised while it goes."""
+        descriptor = os.open(self.path / "removal.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def holds(self, instance: str, *, sha256: str, size_bytes: int) -> bool:
+        """Whether the instance of this path lies here and its data set, read back, is what was received."""
+        try:
+            return _data_set_digest(self.path / instance) == (sha256, size_bytes)
+        except OSError:
+            return False
+
+    def commit(self, instance: str) -> None:
+        """From now on no age removes the study of this instance; after return that survives a power cut."""
+        marker = (self.path / instance).parent / COMMITTED
+        if not marker.exists():
+            write_durably(marker, b"")
+
+    def is_committed(self, study_uid: str) -> bool:
+        return (self._studies / key(study_uid) / COMMITTED).exists()
 
     def sync_removals(self) -> None:
         """What was settled or removed does not come back after a power cut."""

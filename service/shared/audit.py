@@ -45,6 +45,9 @@ class AuditKind(StrEnum):
     DELIVERY_REJECTED = "delivery-rejected"
     DELIVERY_REQUEUED = "delivery-requeued"  # by a command
     DELIVERY_FELL_BACK = "delivery-fell-back"  # the destination takes another class of report
+    INSTANCES_COMMITTED = "instances-committed"  # we vouch for them to who asked, and keep them
+    COMMITMENT_FAILED = "commitment-failed"  # who asked for it is told which instances we do not have
+    COMMITMENT_REPORTED = "commitment-reported"  # who asked for it was told
     COMMITMENT_ASKED = "commitment-asked"  # storage commitment, N-ACTION
     DELIVERY_COMMITTED = "delivery-committed"  # the destination vouches for it, or was seen to hold it
     DELIVERY_NOT_COMMITTED = "delivery-not-committed"  # the destination has it not; sent again

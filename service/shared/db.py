@@ -193,7 +193,10 @@ class Instance(Base):
     called_ae: Mapped[str] = mapped_column(String(16))
     peer_address: Mapped[str] = mapped_column(String(64))
 
-    __table_args__ = (UniqueConstraint("study_id", "sop_instance_uid", "sha256"),)
+    __table_args__ = (
+        UniqueConstraint("study_id", "sop_instance_uid", "sha256"),
+        Index(None, "sop_instance_uid"),  # storage commitment asks by it alone
+    )
 
 
 class Analysis(Base):

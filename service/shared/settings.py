@@ -72,6 +72,7 @@ class ScpSettings(Section):
     idle_timeout_s: float = Field(default=30, gt=0)
     pdu_timeout_s: float | None = Field(default=None, gt=0)
     accept_unknown_sources: bool = False
+    storage_commitment: bool = False
 
     @model_validator(mode="after")
     def tls_keys_fit_together(self) -> ScpSettings:
@@ -89,6 +90,14 @@ class SourceSettings(Section):
     ae_title: AETitle
     host: str | None = None
     quiet_period_s: float | None = Field(default=None, gt=0)
+    commitment_port: int | None = Field(default=None, ge=1, le=65535)
+    commitment_tls: bool = False
+
+    @model_validator(mode="after")
+    def commitment_keys_fit_together(self) -> SourceSettings:
+        if self.commitment_tls and self.commitment_port is None:
+            raise ValueError("commitment_tls has no meaning without commitment_port")
+        return self
 
 
 class SpoolSettings(Section):

@@ -228,7 +228,7 @@ def test_stopping_receiver_does_not_wait_for_silent_connections(receiver: Runnin
     """Who has not asked for an association is dropped at once; who has one may finish."""
     association = associate(receiver.port)
     with connect(receiver.port) as silent:
-        wait_until(lambda: len([thread for thread in threads() if "AcceptorThread" in thread.name]) == 2)
+        wait_until(lambda: len([thread for thread in threads() if "association:" in thread.name]) == 2)
         stopping = Thread(target=receiver.receiver.stop, args=(30,))
         stopping.start()
 

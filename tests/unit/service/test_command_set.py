@@ -8,8 +8,16 @@ from io import BytesIO
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pynetdicom.dimse_messages import C_ECHO_RQ, C_ECHO_RSP, C_STORE_RQ, C_STORE_RSP, DIMSEMessage
-from pynetdicom.dimse_primitives import C_ECHO, C_STORE
+from pynetdicom.dimse_messages import (
+    C_ECHO_RQ,
+    C_ECHO_RSP,
+    C_STORE_RQ,
+    C_STORE_RSP,
+    N_ACTION_RQ,
+    N_ACTION_RSP,
+    DIMSEMessage,
+)
+from pynetdicom.dimse_primitives import C_ECHO, C_STORE, N_ACTION
 from pynetdicom.pdu import P_DATA_TF
 
 from service.command_set import Command, CommandField, Malformed, decode_command, encode_answer
@@ -20,7 +28,7 @@ NUMBERS = st.integers(0, 0xFFFF)
 STATUSES = st.sampled_from([0x0000, 0xA700, 0xA900, 0xC000, 0xC210])
 
 
-def pdus(message: DIMSEMessage, primitive: C_STORE | C_ECHO, max_pdu_bytes: int = 0) -> bytes:
+def pdus(message: DIMSEMessage, primitive: C_STORE | C_ECHO | N_ACTION, max_pdu_bytes: int = 0) -> bytes:
     """The library's P-DATA-TF PDUs of the message, in presentation context 1."""
     message.primitive_to_message(primitive)
     encoded = b""
@@ -79,6 +87,28 @@ def test_echo_and_its_answer_are_the_library_s(message_id: int) -> None:
 
     assert request == Command(CommandField.C_ECHO_RQ, message_id, False, "1.2.840.10008.1.1", None)
     assert p_data(1, encode_answer(request, 0), 0) == pdus(C_ECHO_RSP(), answer)
+
+
+@given(sop_class_uid=UIDS, sop_instance_uid=UIDS, message_id=NUMBERS, action_type=NUMBERS, status=STATUSES)
+def test_action_and_its_answer_are_the_library_s(
+    sop_class_uid: str, sop_instance_uid: str, message_id: int, action_type: int, status: int
+) -> None:
+    """What an N-ACTION requests is what its answer calls affected (PS3.7 tables 10.3-7 and 10.3-8)."""
+    action, answer = N_ACTION(), N_ACTION()
+    action.MessageID, action.ActionTypeID, action.ActionInformation = message_id, action_type, BytesIO(b"x" * 8)
+    action.RequestedSOPClassUID, action.RequestedSOPInstanceUID = sop_class_uid, sop_instance_uid
+    answer.MessageIDBeingRespondedTo, answer.Status = message_id, status
+    answer.AffectedSOPClassUID, answer.AffectedSOPInstanceUID = sop_class_uid, sop_instance_uid
+    message = N_ACTION_RQ()
+    message.primitive_to_message(action)
+    (command, *_) = [part.presentation_data_value_list[0][1] for part in message.encode_msg(1, 0)]
+
+    request = decode_command(command[1:])
+
+    assert request == Command(
+        CommandField.N_ACTION_RQ, message_id, True, sop_class_uid, sop_instance_uid, action_type=action_type
+    )
+    assert p_data(1, encode_answer(request, status), 0) == pdus(N_ACTION_RSP(), answer)
 
 
 @given(content=st.binary(max_size=200))
