@@ -54,6 +54,7 @@ from service import (
 )
 from service.atna import Node
 from service.broker import NoRedisServer
+from service.certificates import CertificateError
 from service.demo import run_demo
 from service.report import validation
 from service.shared import VERSION, audit, delivery_transitions, schema
@@ -230,13 +231,14 @@ def echo(
 ) -> None:
     """C-ECHO our own receiver and the destinations; exit 1 when one does not answer."""
     settings = _load(config)
-    ourselves = probes.ourselves(settings)
-    known = {one.name: one for one in (ourselves, *settings.destination)}
+    ourselves = {one.name: one for one in probes.ourselves(settings)}
+    known = ourselves | {one.name: one for one in settings.destination}
     if name is not None and name not in known:
         raise _fail(f"no [[destination]] is called {name!r}; known: {', '.join(known)}")
     answered = True
     for one in [known[name]] if name else known.values():
-        well, sentence = requestor.echo(one, settings.scp)
+        section = "[scp]" if one.name in ourselves else "[[destination]]"
+        well, sentence = requestor.echo(one, settings.scp, section=section)
         answered &= well
         typer.echo(f"{'ok  ' if well else 'FAIL'} {one.name}: {sentence}")
     raise SystemExit(0 if answered else 1)
@@ -254,15 +256,18 @@ def send(
     """Send a folder of DICOM files by C-STORE."""
     settings = _load(config)
     calling = calling_ae or (settings.source[0].ae_title if settings.source else "MEDPRUNER-SEND")
+    ourselves = probes.ourselves(settings)[0]
+    secured = ourselves.tls and host is None and port is None
     try:
         sent = sender.send_study(
             folder,
-            host=host or probes.reachable(settings.scp.host),
-            port=port or settings.scp.port,
-            called_ae=called_ae or settings.scp.ae_title,
+            host=host or ourselves.host,
+            port=port or ourselves.port,
+            called_ae=called_ae or ourselves.ae_title,
             calling_ae=calling,
+            tls=requestor.tls_context(ourselves) if secured else None,
         )
-    except sender.CannotSend as error:
+    except (sender.CannotSend, CertificateError) as error:
         raise _fail(str(error)) from error
     refused = [one for one in sent if not one.stored]
     for one in refused:

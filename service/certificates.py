@@ -19,6 +19,8 @@ from typing import Any, Literal
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:!aNULL:!eNULL:!MD5:!SHA1"
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
+HANDSHAKE_TURNS = 4  # TLS 1.2 needs two of each side
+
 TlsMinimum = Literal["1.2", "1.3"]
 
 
@@ -76,6 +78,25 @@ def client_context(
     return context
 
 
+def fit_together(server: ssl.SSLContext, client: ssl.SSLContext) -> bool:
+    """Whether these two would shake hands, tried in memory: nobody is called, and nobody stands among the refused."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = [
+        client.wrap_bio(to_client, to_server),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    for _ in range(HANDSHAKE_TURNS):
+        for side in list(sides):
+            try:
+                side.do_handshake()
+                sides.remove(side)
+            except ssl.SSLWantReadError:
+                continue
+            except ssl.SSLError:
+                return False
+    return not sides
+
+
 def expiry(certificate: Path) -> Expiry:
     """When the first certificate of a PEM file ends."""
     try:
@@ -128,6 +149,7 @@ def _load_authorities(context: ssl.SSLContext, ca: Path) -> None:
         raise CertificateError(f"{ca}: no such file")
     try:
         context.load_verify_locations(ca)
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # a certificate of a device itself may stand in the file
     except (OSError, ValueError) as error:
         raise CertificateError(f"{ca}: cannot be read as PEM certificates: {_why(error)}") from error
 

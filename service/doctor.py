@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 
 from service.refusals import Refused
-from service.shared.settings import Companion, Settings
+from service.shared.settings import Companion, DestinationSettings, Settings
 from service.situation import Situation
 
 # As in workers/vlm/folder.py, which this program never imports; a test holds them equal.
@@ -130,24 +130,30 @@ def configuration(settings: Settings) -> Iterator[Finding]:
         yield Finding("destinations", State.OK, ", ".join(one.name for one in settings.destination))
     else:
         yield Finding("destinations", State.WARNING, "results are kept and sent nowhere", "add a [[destination]]")
+    if settings.scp.storage_commitment and not any(one.commitment_port for one in settings.source):
+        remedy = "[[source]] commitment_port: where a modality takes the answer"
+        yield Finding("storage commitment", State.WARNING, "is on, and every request for it is refused", remedy)
     if settings.scp.host in ("127.0.0.1", "localhost", "::1"):
         remedy = '[scp] host = "0.0.0.0", once the network may reach it'
         yield Finding("receiver's address", State.WARNING, f"{settings.scp.host}: this machine alone", remedy)
 
 
-def receiver(port: Port, where: str, *, title: str, calling: str | None) -> Finding:
-    """calling: the source as which we called; None where every source is bound to another host."""
+def receiver(port: Port, us: DestinationSettings, *, calling: str | None, hindrance: str = "") -> Finding:
+    """us: this port of the receiver. calling: the source as which we called. hindrance: why we could not call."""
+    subject = "receiver over TLS" if us.tls else "receiver"
+    where = f"{us.host}:{us.port}"
     if port.ours:
-        return Finding("receiver", State.OK, f"{port.said} (as {calling})")
+        return Finding(subject, State.OK, f"{port.said} (as {calling})")
     if not port.listens:
         remedy = "start it: `./run serve`; its log says why it ends, if it does"
-        return Finding("receiver", State.FAULT, f"nobody listens at {where}", remedy)
-    if calling is None:
-        remedy = f"C-ECHO {title} from the PACS's console"
-        said = f"{where} listens; every [[source]] is bound to another host, so it cannot be asked from here"
-        return Finding("receiver", State.UNKNOWN, said, remedy)
+        return Finding(subject, State.FAULT, f"nobody listens at {where}", remedy)
+    if hindrance:
+        remedy = f"C-ECHO {us.ae_title} from the PACS's console"
+        return Finding(subject, State.UNKNOWN, f"{where} listens, and cannot be asked from here: {hindrance}", remedy)
     remedy = "another program may hold the port (`ss -ltnp`), or it runs with another configuration"
-    return Finding("receiver", State.FAULT, port.said, remedy)
+    if us.tls:
+        remedy += " or an older certificate: restart it"
+    return Finding(subject, State.FAULT, port.said, remedy)
 
 
 def web(port: Port, where: str) -> Finding:
@@ -331,6 +337,16 @@ def refused(found: Sequence[Refused]) -> Iterator[Finding]:
         times = "once" if one.count == 1 else f"{one.count} times"
         result = f"{one.reason}; {times}, last at {one.at:%Y-%m-%d %H:%M:%S} UTC"
         yield Finding(f"refused: {who}", State.WARNING, result, one.remedy)
+
+
+def commitment(waiting: Sequence[tuple[str, datetime]], now: datetime) -> Iterator[Finding]:
+    """waiting: who has asked for storage commitment and was not told yet, and since when. Nothing where nobody has."""
+    for calling_ae in sorted({one for one, _ in waiting}):
+        times = [at for one, at in waiting if one == calling_ae]
+        result = f"{len(times)} answers to {calling_ae} wait, the oldest since {_minutes(now - min(times))}"
+        late = now - min(times) > LATE
+        remedy = f'[[source]] ae_title = "{calling_ae}": host, commitment_port; the log says how it fails'
+        yield Finding("storage commitment", State.WARNING if late else State.OK, result, remedy if late else "")
 
 
 def certificates(days_left: Mapping[str, float | None]) -> Iterator[Finding]:

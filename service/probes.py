@@ -32,7 +32,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from service import doctor, refusals, requestor, situation
+from service import commitment_requests, doctor, refusals, requestor, situation
+from service.certificates import CertificateError, fit_together, server_context
 from service.doctor import Broker, Clock, Database, Disk, Finding, Model, Port, Seen
 from service.report import typeface
 from service.shared import heartbeat, schema
@@ -53,7 +54,7 @@ OURS = ("_kombu", "unacked", "celery")  # how Celery's names begin
 def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     """Everything, in the order in which one would look; each finding as soon as it is there."""
     yield from doctor.configuration(settings)
-    yield _receiver(settings)
+    yield from _receivers(settings)
     if settings.web.enabled:
         where = f"{settings.web.host}:{settings.web.port}"
         yield doctor.web(_web(settings), where)
@@ -76,6 +77,7 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from doctor.seen_workers(workers)
     yield from doctor.model(model(settings), workers or ())
     yield from doctor.fonts(settings, typeface.missing_packages())
+    yield from doctor.commitment(_untold(settings), now)
     yield doctor.clock(clock())
     yield from doctor.refused(refusals.recent(spool_folder(settings), doctor.last_day(now)))
 
@@ -83,17 +85,25 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
 # --- network --------------------------------------------------------------------------------------------------------
 
 
-def ourselves(settings: Settings) -> DestinationSettings:
-    """Our own receiver as a destination, called by a source that may call from this machine, where there is one."""
-    calling = local_source(settings)
-    return DestinationSettings(
-        name="ourselves",
-        ae_title=settings.scp.ae_title,
-        host=reachable(settings.scp.host),
-        port=settings.scp.port or 1,
-        calling_ae_title=calling or settings.scp.ae_title,
-        timeout_s=TIMEOUT_S,
-    )
+def ourselves(settings: Settings) -> list[DestinationSettings]:
+    """Each port of our own receiver as a destination, called by a source that may call from this machine.
+
+    With TLS the one certificate that is trusted is [scp] tls_certificate, so what answers is ours and has loaded it.
+    """
+    scp, found = settings.scp, []
+    fields = {
+        "ae_title": scp.ae_title,
+        "host": reachable(scp.host),
+        "calling_ae_title": local_source(settings) or scp.ae_title,
+        "timeout_s": TIMEOUT_S,
+    }
+    if scp.port or scp.tls_port is None:
+        found.append({"name": "ourselves", "port": scp.port or 1})
+    if scp.tls_port is not None:
+        shown = {} if scp.tls_ca is None else {"tls_certificate": scp.tls_certificate, "tls_key": scp.tls_key}
+        tls = {"tls": True, "tls_ca": scp.tls_certificate, "tls_minimum": scp.tls_minimum, "tls_verify_host": False}
+        found.append({"name": "ourselves-tls", "port": scp.tls_port} | tls | shown)
+    return [DestinationSettings.model_validate(fields | one) for one in found]
 
 
 def local_source(settings: Settings) -> str | None:
@@ -118,12 +128,31 @@ def reachable(host: str) -> str:
     return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
 
 
-def _receiver(settings: Settings) -> Finding:
-    us, calling = ourselves(settings), local_source(settings)
-    port = Port(listens(us.host, us.port), ours=False)
-    if port.listens and calling is not None:  # else we would be refused, and stand among the refused
-        port = Port(True, *requestor.echo(us, settings.scp))
-    return doctor.receiver(port, f"{us.host}:{us.port}", title=settings.scp.ae_title, calling=calling)
+def _receivers(settings: Settings) -> Iterator[Finding]:
+    calling = local_source(settings)
+    for us in ourselves(settings):
+        port, hindrance = Port(listens(us.host, us.port), ours=False), ""
+        if calling is None:
+            hindrance = "every [[source]] is bound to another host"
+        elif us.tls:
+            try:
+                if not _lets_us_in(settings, us):
+                    hindrance = "[scp] tls_ca does not vouch for [scp] tls_certificate as a sender's"
+            except CertificateError as error:
+                yield doctor.receiver(Port(port.listens, ours=False, said=str(error)), us, calling=calling)
+                continue
+        if port.listens and not hindrance:  # else we would be refused, and stand among the refused
+            port = Port(True, *requestor.echo(us, settings.scp, section="[scp]"))
+        yield doctor.receiver(port, us, calling=calling, hindrance=hindrance)
+
+
+def _lets_us_in(settings: Settings, us: DestinationSettings) -> bool:
+    """Whether the receiver takes its own certificate for that of a caller."""
+    scp = settings.scp
+    assert scp.tls_certificate is not None
+    assert scp.tls_key is not None
+    server = server_context(scp.tls_certificate, scp.tls_key, ca=scp.tls_ca, minimum=scp.tls_minimum)
+    return fit_together(server, requestor.tls_context(us))
 
 
 def listens(host: str, port: int) -> bool:
@@ -150,6 +179,14 @@ def _web(settings: Settings) -> Port:
     except (OSError, ValueError, AttributeError) as error:
         return Port(listens=True, ours=False, said=f"it does not answer as we do ({type(error).__name__})")
     return Port(listens=True, ours=ours, said="" if ours else "it does not answer as we do")
+
+
+def _untold(settings: Settings) -> list[tuple[str, datetime]]:
+    """Who has asked us for storage commitment and waits for the answer, and since when."""
+    spool = spool_folder(settings)
+    asked = [request for _, request in commitment_requests.requests(spool) if request is not None]
+    asked += [report.request for _, report in commitment_requests.reports(spool) if report is not None]
+    return [(one.calling_ae, one.requested_at) for one in asked]
 
 
 # --- disk -----------------------------------------------------------------------------------------------------------
@@ -269,7 +306,7 @@ def _database(settings: Settings, now: datetime) -> tuple[Database, situation.Si
 def _workers(session: Session, now: datetime) -> list[Seen]:
     return [
         Seen(
-            name=one["name"],
+            name=one["worker"],
             silent=one["silent"],
             device=one["device_name"] or one["device"] or "an unknown device",
             memory_bytes=one["memory_bytes"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ def send_study(
     port: int,
     called_ae: str,
     calling_ae: str,
+    tls: ssl.SSLContext | None = None,
     on_sent: Callable[[Sent], None] = lambda sent: None,
 ) -> list[Sent]:
     """Send every DICOM file of `folder` over one association, each in the transfer syntax it has."""
@@ -56,7 +58,9 @@ def send_study(
     application = AE(ae_title=calling_ae)
     contexts = [build_context(*pair) for pair in pairs]
     try:
-        association = application.associate(host, port, contexts=contexts, ae_title=called_ae)
+        association = application.associate(
+            host, port, contexts=contexts, ae_title=called_ae, tls_args=None if tls is None else (tls, host)
+        )
     except (OSError, UnicodeError) as error:  # from the resolver
         raise CannotSend(f"{host}: no such host") from error
     if not association.is_established:

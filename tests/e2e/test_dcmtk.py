@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,20 @@ def test_an_unknown_calling_ae_is_refused(service: Service) -> None:
 
     assert answer.returncode != 0
     assert '[[source]] ae_title = "STRANGER"' in service.log_text()
+
+
+def test_doctor_finds_all_well_and_names_who_was_refused(service: Service) -> None:
+    """Receiver, destination, queue, database, worker; and the line that would let the stranger in."""
+    echoscu(service.port, called="MEDPRUNER", calling="NEW_CT")
+    service.wait_for_model()
+
+    found = {one["subject"]: one for one in json.loads(service.cli("doctor", "--json"))}
+
+    assert [one for one in found.values() if one["state"] == "fault"] == []
+    parts = ("receiver", "destination pacs", "queue", "database", "backlog", "audit chain", "model", "weights")
+    assert {name: found[name]["state"] for name in parts} == dict.fromkeys(parts, "ok")
+    refused = found["refused: NEW_CT from 127.0.0.1 to MEDPRUNER"]
+    assert refused["remedy"] == '[[source]] ae_title = "NEW_CT", or [scp] accept_unknown_sources = true'
 
 
 def test_a_jpeg_2000_study_comes_back_as_one_report(service: Service, storescp: Storescp, body_ct: Path) -> None:

@@ -13,15 +13,20 @@ import pytest
 
 from service import doctor, probes
 from service.doctor import Finding, State
-from service.refusals import Refusals, Refused
+from service.refusals import Refusals, Refused, recent
+from service.shared import heartbeat
 from service.shared.settings import Settings
+from tests.certificates import authority, issue
 from tests.receiving import SENDER, running
-from tests.rows import open_database
+from tests.rows import open_database, presence
 from tests.servers import RedisServer, free_port
 from workers.vlm import folder as model_folder
 
 # pynetdicom drops the socket of a refused connection without closing it; CPython closes it in the same moment
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)  # before everything
 
 
 def settings(tmp_path: Path, **changes: Any) -> Settings:
@@ -57,6 +62,39 @@ def test_receiver_is_called_as_a_source_that_may_call_from_here(tmp_path: Path) 
     assert found["receiver"].state is State.OK
     assert found["receiver"].result.endswith(f"(as {SENDER})")
     assert unasked["receiver"].state is State.UNKNOWN
+
+
+def test_receiver_over_tls_is_called_as_itself(tmp_path: Path) -> None:
+    """With its own certificate, where one is asked for; a port without TLS that is off is not missed."""
+    ca, other_ca = authority(tmp_path), authority(tmp_path, "other")
+    own = issue(ca, tmp_path, "server")
+    keys = {"port": 0, "tls_port": free_port(), "tls_certificate": own.certificate, "tls_key": own.key}
+    found = {}
+    for asked_for in (None, ca.certificate, other_ca.certificate):
+        scp = keys | {"tls_ca": asked_for}
+        with running(tmp_path / "spool", **scp) as receiver:
+            findings = examine(settings(tmp_path, scp=scp, source=[{"ae_title": SENDER}]))
+        assert recent(receiver.spool.path, NOON) == []
+        found[asked_for] = findings["receiver over TLS"]
+        assert "receiver" not in findings
+
+    assert [one.state for one in found.values()] == [State.OK, State.OK, State.UNKNOWN]
+    assert found[None].result.endswith(f"with Success over TLS (as {SENDER})")
+    assert "[scp] tls_ca does not vouch for" in found[other_ca.certificate].result
+
+
+def test_certificate_that_was_renewed_and_not_loaded_is_a_fault(tmp_path: Path) -> None:
+    """What is shown is not what the configuration names: restart."""
+    ca = authority(tmp_path)
+    shown, renewed = issue(ca, tmp_path, "server"), issue(ca, tmp_path, "renewed")
+    port = free_port()
+    with running(tmp_path / "spool", port=0, tls_port=port, tls_certificate=shown.certificate, tls_key=shown.key):
+        scp = {"port": 0, "tls_port": port, "tls_certificate": renewed.certificate, "tls_key": renewed.key}
+        found = examine(settings(tmp_path, scp=scp, source=[{"ae_title": SENDER}]))["receiver over TLS"]
+
+    assert found.state is State.FAULT
+    assert "its certificate is not trusted" in found.result
+    assert found.remedy.endswith("restart it")
 
 
 def test_port_that_another_program_holds_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +138,17 @@ def test_database_is_looked_at_without_changing_it(tmp_path: Path, database_url:
     assert found["database"].state is State.OK
     assert found["backlog"].result == "0 analyses not finished"
     assert found["workers"].state is State.FAULT
+
+
+def test_workers_are_named_with_their_device(tmp_path: Path, sqlite_url: str) -> None:
+    """As they say themselves; one of other weights than the model folder's is a warning."""
+    with open_database(sqlite_url) as sessions, sessions.begin() as session:
+        heartbeat.beat(session, presence("gpu01/7"), now=datetime.now(UTC))
+
+    found = examine(settings(tmp_path, database={"url": sqlite_url}))
+
+    assert found["worker gpu01/7"].result == "medgemma on NVIDIA H100 80GB HBM3"
+    assert (found["weights"].state, "gpu01/7 runs other weights" in found["weights"].result) == (State.WARNING, True)
 
 
 def test_database_that_is_away_is_a_fault(tmp_path: Path) -> None:

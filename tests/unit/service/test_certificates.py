@@ -11,7 +11,15 @@ from threading import Thread
 
 import pytest
 
-from service.certificates import CertificateError, client_context, common_name, expiry, server_context
+from service.certificates import (
+    CertificateError,
+    TlsMinimum,
+    client_context,
+    common_name,
+    expiry,
+    fit_together,
+    server_context,
+)
 from tests.certificates import Pair, authority, issue
 
 
@@ -146,6 +154,21 @@ def test_unusable_file_is_named(ca: Pair, server: Pair, broken: str, fault: str)
 
     with pytest.raises(CertificateError, match=path.name.replace(".", r"\.")):
         server_context(server.certificate, server.key, ca=ca.certificate)
+
+
+@pytest.mark.parametrize("minimum", ["1.2", "1.3"])
+def test_handshake_is_tried_in_memory(ca: Pair, server: Pair, tmp_path: Path, minimum: TlsMinimum) -> None:
+    """A certificate of a device itself is an authority enough, for it alone; who shows none may not be let in."""
+    other = issue(ca, tmp_path, "other")
+    open_to_all = server_context(server.certificate, server.key, minimum=minimum)
+    strict = server_context(server.certificate, server.key, ca=ca.certificate, minimum=minimum)
+    trusting = client_context(ca=server.certificate, check_name=False)
+    known = client_context(ca=server.certificate, certificate=other.certificate, key=other.key, check_name=False)
+
+    assert fit_together(open_to_all, trusting)
+    assert not fit_together(open_to_all, client_context(ca=other.certificate, check_name=False))
+    assert not fit_together(strict, trusting)
+    assert fit_together(strict, known)
 
 
 def test_expiry_counts_days(ca: Pair, tmp_path: Path) -> None:

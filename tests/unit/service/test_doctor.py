@@ -12,7 +12,7 @@ import pytest
 from service import doctor
 from service.doctor import Broker, Clock, Database, Disk, Finding, Model, Port, Seen, State
 from service.refusals import Refused
-from service.shared.settings import Settings
+from service.shared.settings import DestinationSettings, Settings
 from service.situation import Situation
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -22,6 +22,7 @@ MODEL = Model(
     "m", architecture="Gemma3ForConditionalGeneration", weights_bytes=10**6, weights_sha256="ab", memory_bytes=10**10
 )
 WORKER = Seen("host/1", silent=False, device="cuda:0", memory_bytes=10**10, model="demo", weights_sha256="ab")
+US = DestinationSettings(name="ourselves", ae_title="US", host="h", port=1)
 PRINTING = Settings.model_validate({"route": [{"name": "chest", "companions": ["pdf"]}]})
 
 
@@ -37,9 +38,10 @@ def test_every_finding_that_is_not_well_says_what_would_help() -> None:
     """Over all of the cases of this file that have one."""
     found = [
         *doctor.configuration(Settings()),
-        doctor.receiver(Port(False, False), "h:1", title="US", calling="S"),
-        doctor.receiver(Port(True, False, "no answer"), "h:1", title="US", calling="S"),
-        doctor.receiver(Port(True, False), "h:1", title="US", calling=None),
+        *doctor.configuration(Settings.model_validate({"scp": {"storage_commitment": True}})),
+        doctor.receiver(Port(False, False), US, calling="S"),
+        doctor.receiver(Port(True, False, "no answer"), US, calling="S"),
+        doctor.receiver(Port(True, False), US, calling=None, hindrance="every [[source]] is bound to another host"),
         doctor.web(Port(False, False), "h:1"),
         doctor.web(Port(True, False), "h:1"),
         doctor.destination("pacs", well=False, said="away", paused=False, waiting=1),
@@ -57,6 +59,7 @@ def test_every_finding_that_is_not_well_says_what_would_help() -> None:
         *doctor.model(Model("m", fault="no config.json in m"), []),
         *doctor.model(replace(MODEL, weights_bytes=10**12, weights_sha256="cd"), [WORKER]),
         *doctor.fonts(PRINTING, ["fonts-noto-core"]),
+        *doctor.commitment([("CT1", NOW - timedelta(hours=1))], NOW),
         doctor.clock(Clock(False, "the kernel's word")),
         doctor.clock(Clock(None)),
         *doctor.refused([Refused(NOW, "CT1", "US", "10.0.0.9", "calling AE title is not a source", "[[source]] ...")]),
@@ -77,7 +80,7 @@ def test_what_is_well_is_told_as_well() -> None:
     )
     found = [
         *doctor.configuration(settings),
-        doctor.receiver(Port(True, True, "answers"), "h:1", title="US", calling="CT1"),
+        doctor.receiver(Port(True, True, "answers"), US, calling="CT1"),
         doctor.web(Port(True, True), "h:1"),
         doctor.destination("pacs", well=True, said="answers", paused=False, waiting=0),
         *doctor.certificates({"a": 300.0}),
@@ -87,6 +90,7 @@ def test_what_is_well_is_told_as_well() -> None:
         *doctor.seen_workers([WORKER]),
         *doctor.model(MODEL, [WORKER]),
         *doctor.fonts(PRINTING, []),
+        *doctor.commitment([("CT1", NOW)], NOW),
         doctor.clock(Clock(True, "systemd-timesyncd")),
         *doctor.refused([]),
     ]
