@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import zlib
@@ -15,6 +16,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pydicom
 import pytest
@@ -35,9 +37,11 @@ from pynetdicom import Association
 from pynetdicom.sop_class import Verification
 from structlog.testing import capture_logs
 
+from service.certificates import client_context
 from service.receiver import TRANSFER_SYNTAXES
-from service.shared.settings import SourceSettings
+from service.shared.settings import ScpSettings, SourceSettings
 from service.spool import Spool, key
+from tests.certificates import authority, issue
 from tests.receiving import (
     SENDER,
     STUDY_UID,
@@ -53,6 +57,7 @@ from tests.receiving import (
     send_instance,
     wait_until,
 )
+from tests.servers import free_port
 
 NATIVE = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian}
 PRIVATE_CLASS = "1.2.826.0.1.3680043.10.1.77"
@@ -516,16 +521,17 @@ from service.shared.log import set_up_logging
 from service.shared.settings import LogSettings, ScpSettings, SourceSettings
 from service.spool import Spool
 set_up_logging(LogSettings(level="ERROR"), role="receive")
-receiver = Receiver(ScpSettings(port=0), (SourceSettings(ae_title="SENDER"),), Spool(Path(sys.argv[1]), 0))
+scp = ScpSettings.model_validate_json(sys.argv[2])
+receiver = Receiver(scp, (SourceSettings(ae_title="SENDER"),), Spool(Path(sys.argv[1]), 0))
 receiver.start()
 print(receiver.port, flush=True)
 time.sleep(600)
 """
 
 
-def start_receiver(folder: Path) -> tuple[subprocess.Popen[str], int]:
+def start_receiver(folder: Path, **scp: Any) -> tuple[subprocess.Popen[str], int]:
     process = subprocess.Popen(
-        [sys.executable, "-c", RECEIVER_PROGRAM, str(folder)],
+        [sys.executable, "-c", RECEIVER_PROGRAM, str(folder), ScpSettings(**{"port": 0} | scp).model_dump_json()],
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -535,9 +541,11 @@ def start_receiver(folder: Path) -> tuple[subprocess.Popen[str], int]:
     return process, int(process.stdout.readline())
 
 
-def send_until_cut(port: int, numbers: Iterator[int], acknowledged: list[int]) -> None:
+def send_until_cut(
+    port: int, numbers: Iterator[int], acknowledged: list[int], tls: ssl.SSLContext | None = None
+) -> None:
     """Send instances until the receiver dies; note every one that it answered with Success."""
-    association = associate(port)
+    association = associate(port, tls=tls)
     while association.is_established:
         number = next(numbers)
         try:
@@ -551,16 +559,24 @@ def send_until_cut(port: int, numbers: Iterator[int], acknowledged: list[int]) -
 
 
 @pytest.mark.kills
-def test_killed_receiver_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("secured", [False, True], ids=["plain", "tls"])
+def test_killed_receiver_loses_nothing_that_it_acknowledged(tmp_path: Path, secured: bool) -> None:
     """SIGKILL at random moments while two senders store: every Success is on disk, bit for bit, with its receipt."""
     folder, chance = tmp_path / "spool", random.Random(2)
     acknowledged: list[int] = []
+    scp: dict[str, Any] = {}
+    tls = None
+    if secured:
+        ca = authority(tmp_path)
+        own = issue(ca, tmp_path, "server")
+        tls = client_context(ca=ca.certificate)
+        scp = {"tls_port": free_port(), "tls_certificate": own.certificate, "tls_key": own.key}
     for round_number in range(6):
-        process, port = start_receiver(folder)
+        process, port = start_receiver(folder, **scp)
         senders = []
         for sender in range(2):
             numbers = iter(range(20_000 * sender + 3000 * round_number, 100_000))
-            senders.append(Thread(target=send_until_cut, args=(port, numbers, acknowledged)))
+            senders.append(Thread(target=send_until_cut, args=(port, numbers, acknowledged, tls)))
         for thread in senders:
             thread.start()
         enough = len(acknowledged) + 1 + chance.randrange(20)
