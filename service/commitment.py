@@ -22,7 +22,7 @@ from pynetdicom.association import Association
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     StudyRootQueryRetrieveInformationModelFind,
 )
-from sqlalchemy import select
+from sqlalchemy import Row, select
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import commitment_answers
@@ -81,21 +81,32 @@ def due(
 ) -> list[Unproved]:
     """Deliveries whose proof is to be asked for; share: of the destination's parallel associations, which one."""
     with sessions() as session:
-        rows = session.execute(
-            select(Delivery, Result, Study.study_uid)
-            .join(Result, Result.id == Delivery.result_id)
-            .join(Analysis, Analysis.id == Result.analysis_id)
-            .join(Study, Study.id == Analysis.study_id)
-            .where(
-                Delivery.destination == destination.name,
-                Delivery.state == DeliveryState.DELIVERED,
-                Delivery.proof_at <= now,
-                Delivery.id % destination.concurrency == share,
-            )
-            .order_by(Delivery.proof_at, Delivery.id)
-            .limit(BATCH)
-        ).all()
-    return [Unproved(*row) for row in rows]
+        return [Unproved(*row) for row in rows_due(session, destination, DeliveryState.DELIVERED, now, share)]
+
+
+def rows_due(
+    session: Session,
+    destination: DestinationSettings,
+    state: DeliveryState,
+    now: datetime,
+    share: int,
+) -> Sequence[Row[Delivery, Result, str]]:
+    """Deliveries to be sent (PENDING) or proved (DELIVERED), with result and Study Instance UID; oldest first."""
+    due_at = Delivery.next_attempt_at if state is DeliveryState.PENDING else Delivery.proof_at
+    return session.execute(
+        select(Delivery, Result, Study.study_uid)
+        .join(Result, Result.id == Delivery.result_id)
+        .join(Analysis, Analysis.id == Result.analysis_id)
+        .join(Study, Study.id == Analysis.study_id)
+        .where(
+            Delivery.destination == destination.name,
+            Delivery.state == state,
+            due_at <= now,
+            Delivery.id % destination.concurrency == share,
+        )
+        .order_by(due_at, Delivery.id)
+        .limit(BATCH)
+    ).all()
 
 
 def prove(

@@ -198,19 +198,8 @@ def _is_paused(session: Session, destination: DestinationSettings) -> bool:
 
 
 def _due(session: Session, destination: DestinationSettings, now: datetime, share: int) -> list[Consignment]:
-    rows = session.execute(
-        select(Delivery, Result)
-        .join(Result, Result.id == Delivery.result_id)
-        .where(
-            Delivery.destination == destination.name,
-            Delivery.state == DeliveryState.PENDING,
-            Delivery.next_attempt_at <= now,
-            Delivery.id % destination.concurrency == share,
-        )
-        .order_by(Delivery.next_attempt_at, Delivery.id)
-        .limit(BATCH)
-    ).all()
-    return [Consignment(delivery, result, _instead(session, destination, result)) for delivery, result in rows]
+    rows = commitment.rows_due(session, destination, DeliveryState.PENDING, now, share)
+    return [Consignment(delivery, result, _instead(session, destination, result)) for delivery, result, _ in rows]
 
 
 def _instead(session: Session, destination: DestinationSettings, result: Result) -> tuple[Result, ...]:
