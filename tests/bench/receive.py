@@ -237,10 +237,13 @@ def storescu(port: int, groups: list[list[Sample]], folder: Path, options: Seque
             ["/usr/bin/storescu", "-R", *options, "-aec", "ANY-SCP", "+sd", "127.0.0.1", str(port), str(own)]
         )
     begun = time.perf_counter()
-    running = [subprocess.Popen(each, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for each in commands]
-    if any(process.wait() for process in running):
-        raise RuntimeError("storescu failed")
-    return time.perf_counter() - begun
+    running = [subprocess.Popen(each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for each in commands]
+    said = [process.communicate()[0] for process in running]  # errors alone, so no pipe fills while another is read
+    taken_s = time.perf_counter() - begun
+    for process, words in zip(running, said, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"storescu to port {port} ended with {process.returncode}: {words[-1000:]}")
+    return taken_s
 
 
 def with_meta(sample: Sample) -> Dataset:
