@@ -84,7 +84,7 @@ def build_parametric_map(
     dataset.CodingSchemeIdentificationSequence = [private_scheme()]
     _describe_pixels(dataset, scores)
     dimensions(dataset, run, "PM", (POSITION,))
-    dataset.SharedFunctionalGroupsSequence = [_shared(given, source, planes[0], float(scores.max()))]
+    dataset.SharedFunctionalGroupsSequence = [_shared(frames, source, planes[0], float(scores.max()))]
     dataset.PerFrameFunctionalGroupsSequence = [
         frame_groups(frame, source, (place,), plane.position, codes.SALIENCY)
         for place, (frame, plane) in enumerate(zip(given, planes, strict=True), 1)
