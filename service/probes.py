@@ -131,19 +131,18 @@ def reachable(host: str) -> str:
 def _receivers(settings: Settings) -> Iterator[Finding]:
     calling = local_source(settings)
     for us in ourselves(settings):
-        port, hindrance = Port(listens(us.host, us.port), ours=False), ""
-        if calling is None:
-            hindrance = "every [[source]] is bound to another host"
-        elif us.tls:
-            try:
-                if not _lets_us_in(settings, us):
-                    hindrance = "[scp] tls_ca does not vouch for [scp] tls_certificate as a sender's"
-            except CertificateError as error:
-                yield doctor.receiver(Port(port.listens, ours=False, said=str(error)), us, calling=calling)
-                continue
-        if port.listens and not hindrance:  # else we would be refused, and stand among the refused
-            port = Port(True, *requestor.echo(us, settings.scp, section="[scp]"))
-        yield doctor.receiver(port, us, calling=calling, hindrance=hindrance)
+        hindrance = "" if calling else "every [[source]] is bound to another host"
+        try:
+            if us.tls and not hindrance and not _lets_us_in(settings, us):
+                hindrance = "[scp] tls_ca does not vouch for [scp] tls_certificate as a sender's"
+        except CertificateError as error:  # with these files it cannot have started either
+            yield doctor.receiver(Port(listens=True, ours=False, said=str(error)), us, calling=calling)
+            continue
+        # where we would be refused, we would stand among the refused: then it is only seen whether somebody listens
+        well, said = (False, "") if hindrance else requestor.echo(us, settings.scp, section="[scp]")
+        yield doctor.receiver(
+            Port(well or listens(us.host, us.port), ours=well, said=said), us, calling=calling, hindrance=hindrance
+        )
 
 
 def _lets_us_in(settings: Settings, us: DestinationSettings) -> bool:
