@@ -17,6 +17,7 @@ from workers.pruning.tokens import ROUNDING, Reduced, highest_until
 
 INPUTS_AT_ONCE = 16
 LEVEL = 1e6  # between two levels of priority; within one the priority is 0 .. 1
+SHARED = 1e5  # above every salience, below a level
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,17 +141,20 @@ def attention_shares(received: Tensor, counted: Tensor) -> Tensor:
 def promised_order(regions: Tensor, salience: Tensor, coverage: Tensor) -> Tensor:
     """(S, n) float64: above 0 for tokens within the share promised to a region, more for those that come first.
 
-    Each region gives its most salient token of every input first, then the most salient ones of the whole stack. Where
-    a budget cuts, all regions lose the same part of what they were promised.
+    Each region gives its most salient token of every input first, then the most salient ones of the whole stack. A
+    token that holds parts of two regions counts for both, so a region of which only a share is promised takes first
+    what others were promised already. Where a budget cuts, all regions lose the same part of what they were promised.
     """
-    inputs, tokens, count = regions.shape
+    inputs, tokens, _ = regions.shape
     order = torch.zeros(inputs, tokens, dtype=torch.float64, device=regions.device)
-    for region in range(count):
+    for region in coverage.argsort(descending=True, stable=True).tolist():
         inside = regions[..., region]
         size, share = int(inside.sum()), float(coverage[region])
         if size == 0 or share == 0:
             continue
         worth = torch.where(inside, salience, -torch.inf)
+        if share < 1:
+            worth = worth + torch.where(order > 0, SHARED, 0.0)
         first = torch.zeros_like(inside).scatter(1, worth.argmax(dim=1, keepdim=True), True) & inside
         wanted = max(int(first.sum()), int(-(-share * size // 1)))
         worth = (worth + torch.where(first, LEVEL, 0.0)).flatten()

@@ -224,6 +224,18 @@ def test_regions_share_the_loss_where_the_budget_cuts_their_promise() -> None:
     assert abs(upper - lower) <= 6
 
 
+def test_a_token_of_two_regions_counts_for_both_promises() -> None:
+    """The lower region has one token on each input, as promised, and the upper one loses nothing for it."""
+    guarding = guards(4, coverage=(1.0, 0.05))
+    guarding.regions[:, 9, 1] = True
+    guarding.salience[:, 15] = 50.0  # of the lower region alone
+
+    reduced = reduce(scene(4), guarding, token_budget=40)
+
+    assert reduced.kept[:, :10].all()
+    assert int(reduced.kept.sum()) == 40
+
+
 def test_sink_takes_nothing_from_the_others() -> None:
     """One token with nearly all of the attention is left out of tau, which the paper's rule spends on it alone."""
     attention, keys, features = scene(1)
