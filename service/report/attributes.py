@@ -115,8 +115,9 @@ def valid(vr: str, text: str, allowed: frozenset[str] | None = None) -> str | No
 
 
 def uid_is_valid(text: str) -> bool:
-    """PS3.5 9.1: 64 characters, numeric components, no leading zeros."""
-    return len(text) <= 64 and re.fullmatch(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))+", text, re.ASCII) is not None
+    """PS3.5 9.1: 64 characters, numeric components, no leading zeros, a root of ISO 9834 (0.0-0.39, 1.0-1.39, 2)."""
+    form = r"([01]\.[1-3]?\d|2\.(0|[1-9]\d*))(\.(0|[1-9]\d*))*"
+    return len(text) <= 64 and re.fullmatch(form, text, re.ASCII) is not None and re.search(r"[1-9]", text) is not None
 
 
 def _string(limit: int) -> Callable[[str], str | None]:

@@ -193,6 +193,7 @@ def _dciodvfy(content: bytes, verbatim: frozenset[str]) -> Iterator[GateFinding]
 
 def _is_of_source(line: str, verbatim: frozenset[str]) -> bool:
     found = re.search(r"Value invalid for this VR - .* UI \[\d+\] = <([^>]*)>", line)
+    found = found or re.search(r'^Error - Illegal root for UID.* - "([^"]*)" in', line)
     return found is not None and found[1] in verbatim
 
 
@@ -233,6 +234,7 @@ def _is_summary(line: str) -> bool:
 def without_values(line: str) -> str:
     """A line of dciodvfy without what it quotes from the data set; names of attributes and modules stay."""
     line = re.sub(r"= <.*>", "= <...>", line)
+    line = re.sub(r'- "[^"]*" in', '- "..." in', line)
     line = re.sub(r"<.*> for value", "<...> for value", line)
     line = re.sub(r"(?<!attribute )(?<!Element=)(?<!Module=)<(?!\.\.\.|=)[^>]*>", "<...>", line)
     return re.sub(r"= '.*' \(0x[0-9a-f]+\)", "= ...", line).strip()

@@ -61,7 +61,10 @@ class SourceStudy:
         """Every identifier that results copy verbatim, for the gate."""
         series = {one.series_uid for one in self.instances}
         classes = {one.sop_class_uid for one in self.instances}
-        return frozenset({self.study_uid, *series, *classes, *(one.sop_instance_uid for one in self.instances)})
+        frame_of_reference = self.series.get("FrameOfReferenceUID")
+        places = {frame_of_reference} if isinstance(frame_of_reference, str) else set()
+        instances = {one.sop_instance_uid for one in self.instances}
+        return frozenset({self.study_uid} | series | classes | places | instances)
 
 
 @dataclass(frozen=True, slots=True)

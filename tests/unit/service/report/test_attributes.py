@@ -133,7 +133,20 @@ def test_enumerated_values_are_held() -> None:
     assert valid("CS", "U", frozenset({"M", "F", "O"})) is None
 
 
-@pytest.mark.parametrize(("uid", "is_valid"), [("1.2.0", True), ("1.2.03", False), ("1..2", False), ("1" * 65, False)])
+@pytest.mark.parametrize(
+    ("uid", "is_valid"),
+    [
+        ("1.2.0", True),
+        ("2.999.1", True),
+        ("0.39", True),
+        ("1.2.03", False),
+        ("1..2", False),
+        ("1.2." + "3" * 61, False),
+        ("3.1.2", False),
+        ("1.40.1", False),
+        ("0.0", False),
+    ],
+)
 def test_form_of_a_uid(uid: str, is_valid: bool) -> None:
     """PS3.5 9.1."""
     assert uid_is_valid(uid) is is_valid

@@ -207,10 +207,11 @@ def test_evidence_is_held_against_what_was_analysed(document: Dataset) -> None:
     assert "evidence differs from the analysed instances in 2" in errors(check(encode(document), evidence=expected))
 
 
-def test_an_invalid_uid_of_the_source_is_not_our_fault(tmp_path: Path) -> None:
+@pytest.mark.parametrize("uid", ["1.2.03.4", "9.8.7", "1.45.3", "0.0.9"])
+def test_an_invalid_uid_of_the_source_is_not_our_fault(tmp_path: Path, uid: str) -> None:
     """It is copied as it is, listed, and stops nothing; the same fault in a UID of ours would."""
     header = ct_header()
-    header[0x0020000D].value = "1.2.03.4"
+    header[0x0020000D].value = uid
     source = read_source(write(tmp_path, [header]))
     content = encode(build_sr(output_for(source), source, ReportSettings(), SrSopClass.ENHANCED, run=RUN))
 
@@ -218,6 +219,7 @@ def test_an_invalid_uid_of_the_source_is_not_our_fault(tmp_path: Path) -> None:
 
     assert passes(findings)
     assert Severity.SOURCE in {finding.severity for finding in findings}
+    assert uid not in " ".join(map(str, findings))
     assert not passes(check(content))
 
 
