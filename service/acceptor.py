@@ -83,8 +83,12 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class StoreRequest:
-    """One C-STORE-RQ. UIDs are None where the command had none."""
+    """One C-STORE-RQ. UIDs are None where the command had none.
 
+    abstract_syntax_uid: of the presentation context that it came in.
+    """
+
+    abstract_syntax_uid: str
     affected_sop_class_uid: str | None
     affected_sop_instance_uid: str | None
     transfer_syntax_uid: str
@@ -346,7 +350,7 @@ class _Association:
         self._stopped = False
         self._tls = tls
         self._peer: Peer | None = None
-        self._accepted: dict[int, str] = {}  # presentation context id -> transfer syntax
+        self._accepted: dict[int, tuple[str, str]] = {}  # presentation context id -> abstract, transfer syntax
         self._provided: set[int] = set()  # of these, where the peer is the provider alone
         self._peer_max_pdu_bytes = 0
 
@@ -423,7 +427,7 @@ class _Association:
             if answer.result == 0 and not any(role):
                 answer.result = 3  # abstract syntax not supported
             if answer.result == 0:
-                self._accepted[context_id] = str(answer.transfer_syntax[0])
+                self._accepted[context_id] = str(abstract_syntax), str(answer.transfer_syntax[0])
                 if not role[0]:
                     self._provided.add(context_id)
                 if as_provider:  # of who is a user only, nothing needs to be said
@@ -495,10 +499,12 @@ class _Association:
 
     def _store(self, peer: Peer, command: Command, context_id: int, pdvs: Iterator[Pdv]) -> int:
         fragments = self._read_data_set(context_id, pdvs)
+        abstract_syntax_uid, transfer_syntax_uid = self._accepted[context_id]
         request = StoreRequest(
+            abstract_syntax_uid=abstract_syntax_uid,
             affected_sop_class_uid=command.affected_sop_class_uid,
             affected_sop_instance_uid=command.affected_sop_instance_uid,
-            transfer_syntax_uid=self._accepted[context_id],
+            transfer_syntax_uid=transfer_syntax_uid,
             data_set=fragments,
         )
         try:
@@ -511,7 +517,7 @@ class _Association:
 
     def _event_report(self, peer: Peer, command: Command, context_id: int, pdvs: Iterator[Pdv]) -> int:
         content = self._read_information(context_id, pdvs)
-        report = EventReport(command.affected_sop_class_uid, self._accepted[context_id], content)
+        report = EventReport(command.affected_sop_class_uid, self._accepted[context_id][1], content)
         return self._service.event_report(peer, report)
 
     def _action(self, peer: Peer, command: Command, context_id: int, pdvs: Iterator[Pdv]) -> int:
@@ -519,7 +525,7 @@ class _Association:
             requested_sop_class_uid=command.affected_sop_class_uid,
             requested_sop_instance_uid=command.affected_sop_instance_uid,
             action_type=command.action_type,
-            transfer_syntax_uid=self._accepted[context_id],
+            transfer_syntax_uid=self._accepted[context_id][1],
             action_information=self._read_information(context_id, pdvs),
         )
         if context_id in self._provided:

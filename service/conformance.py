@@ -211,6 +211,7 @@ def _receiving() -> Iterator[str]:
         receiver.Status.SUCCESS: "the instance and its receipt are durable",
         receiver.Status.OUT_OF_RESOURCES: "no space below `[spool] min_free_gb`, or a fault of the disk",
         receiver.Status.DOES_NOT_MATCH: "the data set is not what the command announced",
+        receiver.Status.NOT_HERE: "it came in a presentation context of another service",
         receiver.Status.CANNOT_UNDERSTAND: "a UID is missing or malformed",
         receiver.Status.UNREADABLE: "nothing in it can be read as a data set",
     }

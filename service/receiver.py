@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import IntEnum
+from functools import lru_cache
 from io import BytesIO
 from threading import Event, Lock, Thread
 
@@ -70,6 +71,7 @@ class Status(IntEnum):
     SUCCESS = 0x0000  # instance and receipt are durable
     OUT_OF_RESOURCES = 0xA700  # no space, or the disk failed; send again later
     DOES_NOT_MATCH = 0xA900  # the data set is not what the command announced
+    NOT_HERE = 0x0122  # it came in a presentation context of another service (PS3.7 9.1.1.1.9)
     CANNOT_UNDERSTAND = 0xC000  # a UID is missing or malformed
     UNREADABLE = 0xC210  # nothing in it can be read as a data set
 
@@ -97,6 +99,7 @@ def judge(affected_sop_class_uid: str | None, affected_sop_instance_uid: str | N
     return Verdict(Status.SUCCESS)
 
 
+@lru_cache(1024)
 def is_storage(abstract_syntax: UID) -> bool:
     """Every storage class, current, retired, private or newer than our dictionary; no other service."""
     if abstract_syntax.name == abstract_syntax:  # not in the dictionary
@@ -443,6 +446,7 @@ class Receiver:
 
         0x0000 only when instance and receipt are durable · 0xA700 no space or a fault of the disk
         0xA900 not what the command announced · 0xC000 UIDs missing or malformed · 0xC210 cannot be read
+        0x0122 in a presentation context of another service
         """
         tally = self._open[peer.association_id]
         try:
@@ -499,6 +503,8 @@ class Receiver:
         self._refusals.record(Refused(datetime.now(UTC), calling_ae, called_ae, address, reason, remedy))
 
     def _store(self, peer: Peer, request: StoreRequest, tally: _Tally) -> Verdict:
+        if not is_storage(UID(request.abstract_syntax_uid)):  # nobody who may not store has a context of storage
+            return Verdict(Status.NOT_HERE, "a C-STORE in a presentation context that is not one of storage")
         announced = request.affected_sop_class_uid or "", request.affected_sop_instance_uid or ""
         if not all(_UID.fullmatch(uid) for uid in announced):
             return Verdict(Status.CANNOT_UNDERSTAND, "an affected UID of the command is missing or is not a UID")

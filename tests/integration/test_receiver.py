@@ -180,6 +180,17 @@ def test_private_retired_and_report_classes_are_stored(receiver: Running, uid: s
     assert receipts(receiver.spool)[0].sop_class_uid == uid
 
 
+def test_store_in_a_context_of_another_service_is_refused(receiver: Running) -> None:
+    """0x0122: who was granted Verification alone stores nothing."""
+    association = associate(receiver.port, {Verification: [ExplicitVRLittleEndian]})
+    status = send_instance(association, instance())
+    echoed = association.send_c_echo()
+    association.release()
+
+    assert (status, echoed.Status) == (0x0122, 0x0000)
+    assert receipts(receiver.spool) == []
+
+
 def test_same_instance_again_is_success_without_a_second_copy(receiver: Running) -> None:
     """An identical re-send is acknowledged and told from the first."""
     association = associate(receiver.port)
