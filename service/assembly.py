@@ -238,10 +238,11 @@ def take(
 ) -> None:
     """Add what the receipts acknowledge to the caller's transaction; one event per study and association."""
     modalities = routable_modalities(settings)
+    known = _look_up(session, receipts)
     events: dict[tuple[int, str, AuditKind], list[Receipt]] = {}
     for receipt in receipts:
-        study = _study(session, receipt, now, held=held)
-        kind = _take_one(session, study, receipt, spool, modalities, now)
+        study = _study(session, known, receipt, now, held=held)
+        kind = _take_one(session, known, study, receipt, spool, modalities, now)
         events.setdefault((study.id, receipt.association_id, kind), []).append(receipt)
     for (study_id, association_id, kind), group in events.items():
         audit.append(
@@ -259,8 +260,43 @@ def take(
         )
 
 
+@dataclass(slots=True)
+class _Known:
+    """What the rows say about the receipts of one batch, asked at once: a question for each would be most of the work.
+
+    Goes along with what is added: nothing in it needs to be written before the batch is.
+    """
+
+    studies: dict[str, Study]  # by Study Instance UID
+    headers: dict[int, StudyHeader]  # by study
+    digests: dict[tuple[int, str], list[str]]  # by study and SOP Instance UID
+    results: frozenset[str]  # SOP Instance UIDs of ours
+
+
+def _look_up(session: Session, receipts: Sequence[Receipt]) -> _Known:
+    uids = {receipt.sop_instance_uid for receipt in receipts}
+    study_uids = {receipt.study_uid for receipt in receipts}
+    studies = {
+        study.study_uid: study for study in session.scalars(select(Study).where(Study.study_uid.in_(study_uids)))
+    }
+    ids = [study.id for study in studies.values()]
+    digests: dict[tuple[int, str], list[str]] = {}
+    instances = select(Instance.study_id, Instance.sop_instance_uid, Instance.sha256)
+    for study_id, uid, sha256 in session.execute(instances.where(Instance.sop_instance_uid.in_(uids))):
+        digests.setdefault((study_id, uid), []).append(sha256)
+    return _Known(
+        studies=studies,
+        headers={
+            one.study_id: one for one in session.scalars(select(StudyHeader).where(StudyHeader.study_id.in_(ids)))
+        },
+        digests=digests,
+        results=frozenset(session.scalars(select(Result.sop_instance_uid).where(Result.sop_instance_uid.in_(uids)))),
+    )
+
+
 def _take_one(
     session: Session,
+    known: _Known,
     study: Study,
     receipt: Receipt,
     spool: Spool,
@@ -268,18 +304,16 @@ def _take_one(
     now: datetime,
 ) -> AuditKind:
     """Add one instance unless its bytes are known; says what the arrival was."""
-    known = session.scalars(
-        select(Instance.sha256).where(
-            Instance.study_id == study.id, Instance.sop_instance_uid == receipt.sop_instance_uid
-        )
-    ).all()
-    if receipt.sha256 in known:
+    digests = known.digests.setdefault((study.id, receipt.sop_instance_uid), [])
+    if receipt.sha256 in digests:
         return AuditKind.INSTANCES_RECEIVED_AGAIN
+    is_conflicting = bool(digests)
+    digests.append(receipt.sha256)
     header = _header(spool.path / receipt.path)
-    own = _is_own_result(session, receipt, header)
+    own = receipt.sop_instance_uid in known.results or _is_from_own_device(session, header)
     is_image = receipt.modality in modalities and "Rows" in header and not own
     if is_image:
-        _open(session, study, header, receipt, now)
+        _open(session, known, study, header, receipt, now)
     session.add(
         Instance(
             study_id=study.id,
@@ -294,7 +328,7 @@ def _take_one(
             received_at=receipt.received_at,
             revision=study.revision,
             is_image=is_image,
-            is_conflicting=bool(known),
+            is_conflicting=is_conflicting,
             calling_ae=receipt.calling_ae,
             called_ae=receipt.called_ae,
             peer_address=receipt.peer_address,
@@ -302,17 +336,16 @@ def _take_one(
     )
     study.instances += 1
     study.size_bytes += receipt.size_bytes
-    session.flush()
     if own:
         return AuditKind.RESULT_RETURNED
-    if known:
+    if is_conflicting:
         log.warning("instance_conflict", study_id=study.id, sha256=receipt.sha256)
         return AuditKind.INSTANCE_CONFLICT
     return AuditKind.INSTANCES_RECEIVED
 
 
-def _study(session: Session, receipt: Receipt, now: datetime, *, held: bool) -> Study:
-    study = session.scalars(select(Study).where(Study.study_uid == receipt.study_uid)).one_or_none()
+def _study(session: Session, known: _Known, receipt: Receipt, now: datetime, *, held: bool) -> Study:
+    study = known.studies.get(receipt.study_uid)
     if study is None:
         study = Study(
             study_uid=receipt.study_uid,
@@ -327,19 +360,21 @@ def _study(session: Session, receipt: Receipt, now: datetime, *, held: bool) -> 
             size_bytes=0,
         )
         session.add(study)
-        session.flush()
+        session.flush()  # for its number
+        known.studies[study.study_uid] = study
     if held and not study.held:
         study.held = True
         audit.append(session, AuditKind.STUDY_HELD, now=now, actor=ACTOR, study_id=study.id, why="rebuilt from spool")
     return study
 
 
-def _open(session: Session, study: Study, header: Dataset, receipt: Receipt, now: datetime) -> None:
+def _open(session: Session, known: _Known, study: Study, header: Dataset, receipt: Receipt, now: datetime) -> None:
     """An image instance: compare its patient with the study's, open the study, move its clock."""
-    present = session.get(StudyHeader, study.id)
+    present = known.headers.get(study.id)
     arrived = _study_header(study.id, header, salt=secrets.token_hex(16))
     if present is None:
         session.add(arrived)
+        known.headers[study.id] = arrived
     elif are_different(_patient(present), _patient(arrived)):
         if not study.patient_mismatch:
             study.patient_mismatch = True
@@ -354,8 +389,9 @@ def _open(session: Session, study: Study, header: Dataset, receipt: Receipt, now
             study_id=study.id,
             vouches_sha256=vouch_for_header(present),
         )
-    vouched = present or arrived
-    if transitions.open_study(session, study, now=now, actor=ACTOR, vouches_sha256=vouch_for_header(vouched)):
+    if study.state is not StudyState.RECEIVING:
+        vouches_sha256 = vouch_for_header(present or arrived)
+        transitions.open_study(session, study, now=now, actor=ACTOR, vouches_sha256=vouches_sha256)
         log.info("study_opened", study_id=study.id, revision=study.revision, calling_ae=receipt.calling_ae)
     if study.last_image_at is None or receipt.received_at > study.last_image_at:
         study.last_image_at = receipt.received_at
@@ -402,12 +438,11 @@ def _patient(header: StudyHeader) -> Patient:
     )
 
 
-def _is_own_result(session: Session, receipt: Receipt, header: Dataset) -> bool:
-    """One of our results came back: by its UID, or by the device that says it contributed."""
-    known = select(Result.id).where(
-        (Result.sop_instance_uid == receipt.sop_instance_uid) | Result.device_uid.in_(_devices(header))
-    )
-    return session.scalar(known.limit(1)) is not None
+def _is_from_own_device(session: Session, header: Dataset) -> bool:
+    """One of our results came back under another UID: the device that says it contributed is one of ours."""
+    devices = _devices(header)
+    known = select(Result.id).where(Result.device_uid.in_(devices)).limit(1)
+    return bool(devices) and session.scalar(known) is not None
 
 
 def _devices(header: Dataset) -> list[str]:

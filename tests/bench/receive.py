@@ -137,7 +137,6 @@ def serve(folder: str, port: str) -> None:
 def take_in(folder: str, parent: str) -> None:
     """Ingest, for as long as its receiver lives."""
     set_up_logging(LogSettings(level="WARNING"), role="bench")
-    os.nice(5)
     stop = Event()
 
     def watch() -> None:
