@@ -81,7 +81,7 @@ def due(
 ) -> list[Unproved]:
     """Deliveries whose proof is to be asked for; share: of the destination's parallel associations, which one."""
     with sessions() as session:
-        return [Unproved(*row) for row in rows_due(session, destination, DeliveryState.DELIVERED, now, share)]
+        return [Unproved(*row) for row in rows_due(session, destination, DeliveryState.DELIVERED, now, share, BATCH)]
 
 
 def rows_due(
@@ -90,6 +90,7 @@ def rows_due(
     state: DeliveryState,
     now: datetime,
     share: int,
+    limit: int,
 ) -> Sequence[Row[Delivery, Result, str]]:
     """Deliveries to be sent (PENDING) or proved (DELIVERED), with result and Study Instance UID; oldest first."""
     due_at = Delivery.next_attempt_at if state is DeliveryState.PENDING else Delivery.proof_at
@@ -105,7 +106,7 @@ def rows_due(
             Delivery.id % destination.concurrency == share,
         )
         .order_by(due_at, Delivery.id)
-        .limit(BATCH)
+        .limit(limit)
     ).all()
 
 

@@ -198,7 +198,7 @@ def _is_paused(session: Session, destination: DestinationSettings) -> bool:
 
 
 def _due(session: Session, destination: DestinationSettings, now: datetime, share: int) -> list[Consignment]:
-    rows = commitment.rows_due(session, destination, DeliveryState.PENDING, now, share)
+    rows = commitment.rows_due(session, destination, DeliveryState.PENDING, now, share, BATCH)
     return [Consignment(delivery, result, _instead(session, destination, result)) for delivery, result, _ in rows]
 
 
