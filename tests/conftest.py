@@ -36,9 +36,11 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgr
 
 
 @pytest.fixture
-def postgres_url(postgres_server: PostgresServer) -> str:
-    """SQLAlchemy URL of an empty PostgreSQL database."""
-    return postgres_server.fresh_database()
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """SQLAlchemy URL of an empty PostgreSQL database, removed afterwards: hundreds at the end would take minutes."""
+    url = postgres_server.fresh_database()
+    yield url
+    postgres_server.drop(url)
 
 
 @pytest.fixture

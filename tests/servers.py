@@ -225,6 +225,12 @@ class PostgresServer(Server):
             connection.execute(f"CREATE DATABASE {name}")
         return f"postgresql+psycopg://postgres@{LOOPBACK}:{self.port}/{name}"
 
+    def drop(self, url: str) -> None:
+        """Remove a database, whoever is connected to it."""
+        name = url.rpartition("/")[2]
+        with self._connect() as connection:
+            connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
     def __exit__(self, *_: object) -> None:
         self.stop()  # a killed one leaves its children and shared memory behind for a while
         self._cluster.cleanup()

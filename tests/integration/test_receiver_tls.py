@@ -182,7 +182,7 @@ def test_both_ports_serve_side_by_side(tmp_path: Path, ca: Pair, own: Pair) -> N
 
 
 def test_stopping_receiver_says_nothing_in_the_clear(tmp_path: Path, ca: Pair, own: Pair) -> None:
-    """An open association ends with an alert of TLS, not with an A-ABORT outside of it."""
+    """An open association ends within TLS: by its alert, or by an A-ABORT inside; never by one outside of it."""
     tls = {"tls_port": free_port(), "tls_certificate": own.certificate, "tls_key": own.key}
     with (
         running(tmp_path / "spool", **tls) as receiver,
@@ -194,8 +194,12 @@ def test_stopping_receiver_says_nothing_in_the_clear(tmp_path: Path, ca: Pair, o
         connection.recv(1 << 16)
         receiver.receiver.stop(0.0)
 
-        with pytest.raises(ssl.SSLError, match="ALERT"):
-            connection.recv(1)
+        try:
+            end = connection.recv(1)
+        except ssl.SSLError as error:  # plain text would be a record of a wrong version
+            assert "ALERT" in str(error)  # noqa: PT017  either end is right
+        else:
+            assert end in (b"", b"\x07")
 
 
 def test_key_that_others_may_read_is_refused_at_start(tmp_path: Path, ca: Pair) -> None:
