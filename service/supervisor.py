@@ -21,7 +21,7 @@ from service.shared.settings import Settings
 ROLES = ("receive", "ingest", "dispatch", "deliver", "web")
 QUEUE = "redis"
 PR_SET_PDEATHSIG = 1  # prctl(2)
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 10.0
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 4.0
 SETTLED_S = 30.0  # a process that lived this long starts again at once
 TERM_GRACE_S = 30.0
 

@@ -1,6 +1,6 @@
 """SIGKILL of every process, at every step and at random times, while studies arrive: nothing acknowledged is lost.
 
-`./run prove kills [--kills 500] [--seed N] [--postgres] [--lease-s 20]`. Half of the kills strike a process on its way
+`./run prove kills [--kills 500] [--seed N] [--postgres] [--lease-s 15]`. Half of the kills strike a process on its way
 into a system call that changes something (fsync, rename, send, ...), which strace injects; the others strike
 whenever they happen to. Exit status 1 when an invariant is broken or a recovery took too long.
 """
@@ -446,7 +446,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--postgres", action="store_true", help="PostgreSQL instead of SQLite, killed as well")
-    parser.add_argument("--lease-s", type=float, default=20, help="[queue] lease_s; default as the service's")
+    parser.add_argument("--lease-s", type=float, default=15, help="[queue] lease_s; default as the service's")
     parser.add_argument("--recovery-s", type=float, default=30, help="the longest recovery that is good enough")
     parser.add_argument("--folder", type=Path, help="work here and keep everything; default: a temporary folder")
     options = parser.parse_args(arguments)
