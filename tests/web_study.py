@@ -15,7 +15,7 @@ from service.shared import delivery_transitions, transitions
 from service.shared.db import Analysis, Delivery, StudyHeader
 from service.shared.messages import store_output
 from service.shared.settings import Settings, spool_folder
-from tests.report_samples import arrays_of, output_for
+from tests.report_samples import ANSWERS, arrays_of, output_for
 from tests.rows import ACTOR, NOW, add_analysis, add_instance, add_study, claimed, deliveries
 
 ACCESSION = "ACC-4711"
@@ -74,7 +74,7 @@ def add_real_study(sessions: sessionmaker[Session], settings: Settings, ct: Path
 
 def _read(sessions: sessionmaker[Session], settings: Settings, analysis_id: int, source: SourceStudy) -> None:
     claim = claimed(sessions, analysis_id)
-    output = output_for(source, analysis_id=analysis_id)
+    output = output_for(source, analysis_id=analysis_id, answers=ANSWERS)
     arrays = arrays_of(output.retention.inputs, (4, 4)).to_npz()
     path, sha256 = store_output(settings.data.path / "outputs" / str(analysis_id), claim.fence, output, arrays)
     with sessions.begin() as session:

@@ -318,7 +318,7 @@ class RetentionOut(Shape):
 
 
 class AnswerOut(Shape):
-    finding: FindingName
+    finding: FindingName | None  # None: about the study as a whole
     aspect: Aspect
     question: str
     answers: tuple[str, ...]  # that were allowed

@@ -14,6 +14,7 @@ from pydicom import dcmread
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.shared.db import Role
+from tests.report_samples import ANSWERS
 from tests.rows import kinds, open_database
 from tests.web_study import RealStudy, add_real_study
 from tests.web_visits import add_user, settings_in, sign_in, visit
@@ -114,3 +115,14 @@ def test_one_look_is_one_view(sessions: sessionmaker[Session], client: TestClien
         assert client.get(f"/api/v1/analyses/{study.analysis_id}/{path}").status_code == 200
 
     assert kinds(sessions, actor="web/vera").count("study-viewed") == 1
+
+
+def test_answers_to_closed_questions_are_shown(client: TestClient, study: RealStudy) -> None:
+    """Each with its probability, on the page and in the API; the first is about the study, and about no finding."""
+    page = client.get(f"/studies/{study.study_id}").text
+    items = client.get(f"/api/v1/analyses/{study.analysis_id}/answers").json()["items"]
+
+    assert [(one["finding"], one["chosen"]) for one in items[:2]] == [(None, "yes"), ("nodule", "yes")]
+    assert len(items) == len(ANSWERS)
+    for cell in (">the study<", ">nodule<", ">chest ct<", ">99 %<", ">93 %<"):
+        assert cell in page
