@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
 
@@ -29,6 +28,7 @@ from service import commitment_answers
 from service.commitment_answers import FAILURES, PUSH_MODEL, PUSH_MODEL_INSTANCE, UNUSABLE, Answer, BadAnswer
 from service.requestor import Absence, associate, where
 from service.shared import delivery_transitions
+from service.shared.backoff import try_again_at
 from service.shared.db import Analysis, Delivery, DeliveryState, Result, Study
 from service.shared.settings import DestinationSettings, ScpSettings
 
@@ -36,7 +36,7 @@ ACTOR = "service/delivery"
 REQUEST_STORAGE_COMMITMENT = 1  # Action Type ID, PS3.4 table J.3-1
 BATCH = 64  # results per request
 ANSWER_WAIT_S = 2.0  # on the same association; later the destination opens one of its own (PS3.4 J.3.3)
-LONGEST = timedelta(days=1)  # between two requests
+LONGEST_S = 86_400.0  # between two requests
 NOT_FOUND_LIMIT = 5  # C-FINDs in a row that do not find a result before it is sent again
 
 log = structlog.get_logger(__name__)
@@ -57,15 +57,15 @@ class Unproved:
 def ask_again_at(destination: DestinationSettings, attempts: int, now: datetime) -> datetime:
     """When to ask once more after `attempts` requests: doubling up to a day."""
     first_s = destination.commitment_timeout_s if destination.storage_commitment else destination.retry_delay_s
-    return now + min(LONGEST, timedelta(seconds=first_s * 2.0 ** min(attempts, 16)))
+    return try_again_at(now, attempts, first_s=first_s, longest_s=LONGEST_S)
 
 
 def send_again_at(destination: DestinationSettings, attempts: int, now: datetime, jitter: float) -> datetime | None:
     """When to send what the destination does not have; None once its attempts are spent. `jitter`: 0 to 1."""
     if attempts >= destination.retry_max_attempts:
         return None
-    delay_s = min(destination.retry_max_delay_s, destination.retry_delay_s * 2.0 ** min(attempts, 16))
-    return now + timedelta(seconds=delay_s * (1 - 0.25 * jitter))
+    first_s, longest_s = destination.retry_delay_s, destination.retry_max_delay_s
+    return try_again_at(now, attempts, first_s=first_s, longest_s=longest_s, jitter=jitter)
 
 
 def failure(code: int) -> str:
@@ -239,8 +239,7 @@ def take_answers(
         taken += 1
         if answer is None:
             log.error("commitment_answer_unusable", file=path.name, remedy=f"kept as *{UNUSABLE}; asked again")
-            with suppress(OSError):
-                path.rename(path.with_suffix(UNUSABLE))
+            commitment_answers.set_aside(path)
             continue
         with sessions.begin() as session:
             record(session, answer, destinations, now, random.random())

@@ -7,7 +7,9 @@ answer is as durable as an instance, and is taken while the database is away.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydicom.dataset import Dataset
@@ -19,6 +21,8 @@ PUSH_MODEL_INSTANCE = "1.2.840.10008.1.20.1.1"  # its well-known SOP Instance
 FOLDER = "commitment-answers"  # below the spool
 UNUSABLE = ".unusable"
 MOST_REFERENCES = 10_000
+
+Kept = TypeVar("Kept", bound=BaseModel)
 
 # Failure Reason (0008,1197), PS3.3 C.14.1.1
 FAILURES = {
@@ -81,9 +85,20 @@ def keep(spool: Path, answer: Answer) -> None:
 
 def waiting(spool: Path) -> Iterator[tuple[Path, Answer | None]]:
     """Every kept answer with its file; None for one that cannot be read."""
-    for path in sorted((spool / FOLDER).glob("*.json")):
+    return kept_in(spool / FOLDER, Answer)
+
+
+def set_aside(path: Path) -> None:
+    """Keep what cannot be used for a person, out of the way."""
+    with suppress(OSError):
+        path.rename(path.with_suffix(UNUSABLE))
+
+
+def kept_in(folder: Path, kind: type[Kept]) -> Iterator[tuple[Path, Kept | None]]:
+    """Everything of this kind that was kept in the folder, with its file; None for what cannot be read."""
+    for path in sorted(folder.glob("*.json")):
         try:
-            yield path, Answer.model_validate_json(path.read_bytes())
+            yield path, kind.model_validate_json(path.read_bytes())
         except FileNotFoundError:  # somebody else has taken it
             continue
         except (OSError, ValidationError):

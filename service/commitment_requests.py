@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from pydicom.dataset import Dataset
 
-from service.commitment_answers import MOST_REFERENCES, UNUSABLE
+from service.commitment_answers import MOST_REFERENCES, kept_in
 from service.shared.durable import digest, make_folder, write_durably
 
 REQUESTS, REPORTS = "commitment-requests", "commitment-reports"
@@ -29,7 +28,6 @@ ALL_COMMITTED, FAILURES_EXIST = 1, 2  # Event Type ID, PS3.4 table J.3-2
 _UID = re.compile(r"[0-9.]{1,64}")
 
 Uid = Annotated[str, Field(max_length=64)]
-Kept = TypeVar("Kept", bound=BaseModel)
 
 
 class BadRequest(Exception):
@@ -130,31 +128,15 @@ def keep_report(spool: Path, report: Report) -> None:
 
 def requests(spool: Path) -> Iterator[tuple[Path, Request | None]]:
     """Every request that waits, with its file; None for one that cannot be read."""
-    return _waiting(spool / REQUESTS, Request)
+    return kept_in(spool / REQUESTS, Request)
 
 
 def reports(spool: Path) -> Iterator[tuple[Path, Report | None]]:
     """Every report that waits, with its file; None for one that cannot be read."""
-    return _waiting(spool / REPORTS, Report)
-
-
-def set_aside(path: Path) -> None:
-    """Keep what cannot be used for a person, out of the way."""
-    with suppress(OSError):
-        path.rename(path.with_suffix(UNUSABLE))
+    return kept_in(spool / REPORTS, Report)
 
 
 def _keep(folder: Path, name: str, content: BaseModel) -> None:
     if not (folder / name).exists():
         make_folder(folder)
         write_durably(folder / name, content.model_dump_json().encode())
-
-
-def _waiting(folder: Path, kind: type[Kept]) -> Iterator[tuple[Path, Kept | None]]:
-    for path in sorted(folder.glob("*.json")):
-        try:
-            yield path, kind.model_validate_json(path.read_bytes())
-        except FileNotFoundError:  # somebody else has taken it
-            continue
-        except (OSError, ValidationError):
-            yield path, None

@@ -24,12 +24,13 @@ from pynetdicom.association import Association
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
-from service import commitment_requests
+from service import commitment_answers, commitment_requests
 from service.commitment_answers import PUSH_MODEL, PUSH_MODEL_INSTANCE
 from service.commitment_requests import Report, Request
 from service.requestor import Absence, associate
 from service.shared import audit
 from service.shared.audit import AuditKind
+from service.shared.backoff import try_again_at
 from service.shared.db import Instance
 from service.shared.settings import DestinationSettings, ScpSettings, Settings, SourceSettings
 from service.spool import Spool
@@ -65,8 +66,7 @@ def verdict(sop_class_uid: str, known: Iterable[str], *, intact: bool, there: bo
 
 def next_attempt(attempts: int, now: datetime, jitter: float) -> datetime:
     """When to report again after `attempts` tries: doubling, less up to a quarter (`jitter` 0 to 1)."""
-    delay_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(attempts - 1, 16))
-    return now + timedelta(seconds=delay_s * (1 - 0.25 * jitter))
+    return try_again_at(now, attempts - 1, first_s=FIRST_DELAY_S, longest_s=LONGEST_DELAY_S, jitter=jitter)
 
 
 def address_of(request: Request, sources: Sequence[SourceSettings], scp: ScpSettings) -> DestinationSettings | None:
@@ -116,7 +116,7 @@ def decide(
             log.error(
                 "commitment_request_unusable", file=path.name, remedy="kept as *.unusable; the requester asks again"
             )
-            commitment_requests.set_aside(path)
+            commitment_answers.set_aside(path)
             continue
         with spool.removing_or_committing():
             report = _decide_one(request, sessions, spool, now)
@@ -204,7 +204,7 @@ class Reporter:
         for path, report in commitment_requests.reports(self.spool):
             if report is None:
                 log.error("commitment_report_unusable", file=path.name, remedy="kept as *.unusable")
-                commitment_requests.set_aside(path)
+                commitment_answers.set_aside(path)
             elif path.name not in self._failures or self._failures[path.name][1] <= now:
                 request = report.request
                 by_requester.setdefault((request.calling_ae, request.called_ae, request.address), []).append(
@@ -268,7 +268,7 @@ class Reporter:
             attempts = self._failures.get(path.name, (0, now))[0] + 1
             if now - report.request.requested_at > GIVEN_UP_AFTER:
                 log.error("commitment_report_given_up", file=path.name, **names)
-                commitment_requests.set_aside(path)
+                commitment_answers.set_aside(path)
                 self._failures.pop(path.name, None)
             else:
                 at = next_attempt(attempts, now, random.random())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Sequence, Set
+from collections.abc import Callable, Generator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 
@@ -26,6 +27,7 @@ from service import commitment, custody
 from service.report.encoding import transcoded
 from service.requestor import Absence, associate
 from service.shared import delivery_transitions
+from service.shared.backoff import try_again_at
 from service.shared.db import Delivery, DeliveryState, Destination, Result, ResultState
 from service.shared.durable import digest
 from service.shared.log import explain_exception
@@ -81,8 +83,8 @@ def judge(status: int) -> Answer:
 
 def next_attempt(destination: DestinationSettings, attempts: int, now: datetime, jitter: float) -> datetime:
     """When to try again after `attempts` tries: doubling up to the maximum, less up to a quarter (`jitter` 0 to 1)."""
-    delay_s = min(destination.retry_max_delay_s, destination.retry_delay_s * 2.0 ** min(attempts, 16))
-    return now + timedelta(seconds=delay_s * (1 - 0.25 * jitter))
+    first_s, longest_s = destination.retry_delay_s, destination.retry_max_delay_s
+    return try_again_at(now, attempts, first_s=first_s, longest_s=longest_s, jitter=jitter)
 
 
 def deliver_for_ever(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
@@ -120,27 +122,25 @@ def _serve_destination(
 def _take_answers(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
     """Answers to storage commitment that came to our receiver, until `stop`."""
     destinations = {one.name: one for one in settings.destination}
-    while not stop.is_set():
-        try:
-            commitment.take_answers(spool_folder(settings), sessions, destinations, datetime.now(UTC))
-        except DBAPIError as error:
-            log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
-        except Exception as error:  # noqa: BLE001  # this loop must live; what went wrong is logged and tried again
-            log.error("commitment_fault", error=explain_exception(error))
-        stop.wait(settings.assembly.sweep_s)
+    take = partial(commitment.take_answers, spool_folder(settings), sessions, destinations)
+    _sweep(take, stop, settings.assembly.sweep_s)
 
 
 def _report_for_ever(settings: Settings, sessions: sessionmaker[Session], stop: Event) -> None:
     """What became of requests for storage commitment, told to who asked, until `stop`."""
-    reporter = custody.Reporter(settings, sessions, spool_folder(settings))
+    _sweep(custody.Reporter(settings, sessions, spool_folder(settings)).report_due, stop, settings.assembly.sweep_s)
+
+
+def _sweep(commitments: Callable[[datetime], int], stop: Event, every_s: float) -> None:
+    """Look again and again, as of now, until `stop`."""
     while not stop.is_set():
         try:
-            reporter.report_due(datetime.now(UTC))
+            commitments(datetime.now(UTC))
         except DBAPIError as error:
             log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
         except Exception as error:  # noqa: BLE001  # this loop must live; what went wrong is logged and tried again
             log.error("commitment_fault", error=explain_exception(error))
-        stop.wait(settings.assembly.sweep_s)
+        stop.wait(every_s)
 
 
 def deliver_due(
@@ -345,9 +345,8 @@ def _store(association: Association, destination: DestinationSettings, data: Pat
     if not association.is_established:
         return Answer(Verdict.AGAIN, None, "the association ended before this result was sent")
     accepted = {(str(one.abstract_syntax), str(one.transfer_syntax[0])) for one in association.accepted_contexts}
-    results = (consignment.result, *consignment.instead)
-    offered = [encodings(_transfer_syntax(data / one.path), destination) for one in results]
-    chosen = choose(consignment, offered, accepted)
+    stored = {one.id: _transfer_syntax(data / one.path) for one in (consignment.result, *consignment.instead)}
+    chosen = choose(consignment, [encodings(own, destination) for own in stored.values()], accepted)
     if chosen is None:
         return _not_supported(destination, consignment)
     result, syntax = chosen
@@ -361,7 +360,7 @@ def _store(association: Association, destination: DestinationSettings, data: Pat
     misfit = _other_charset(file, destination)
     if misfit is not None:
         return Answer(Verdict.REFUSED, None, misfit)
-    as_stored = syntax == _transfer_syntax(file)
+    as_stored = syntax == stored[result.id]
     try:
         status = association.send_c_store(file if as_stored else transcoded(file, UID(syntax)))
     except (RuntimeError, ValueError, OSError) as error:
