@@ -14,6 +14,7 @@ from typing import Any
 from pydicom.uid import ImplicitVRLittleEndian
 from pynetdicom import AE, build_context, evt
 from pynetdicom.association import Association
+from pynetdicom.pdu import A_ASSOCIATE_RJ
 from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
 from pynetdicom.presentation import PresentationContext
 
@@ -57,6 +58,7 @@ def associate(
     application.dimse_timeout = destination.timeout_s
     application.network_timeout = destination.timeout_s
     connections: list[evt.Event] = []
+    received: list[evt.Event] = []
     try:
         tls = (tls_context(destination), destination.host) if destination.tls else None
         association = application.associate(
@@ -65,7 +67,7 @@ def associate(
             contexts=list(contexts)[:MAX_CONTEXTS],
             ae_title=destination.ae_title,
             tls_args=tls,
-            evt_handlers=[(evt.EVT_CONN_OPEN, connections.append), *handlers],
+            evt_handlers=[(evt.EVT_CONN_OPEN, connections.append), (evt.EVT_PDU_RECV, received.append), *handlers],
             ext_neg=list(roles),
         )
     except CertificateError as error:
@@ -76,7 +78,9 @@ def associate(
         return association
     if association.rejected_contexts:  # and none accepted: then pynetdicom aborts by itself
         return Absence(f"{where(destination)} takes none of the proposed SOP classes", unsupported=True)
-    return Absence(_why_not(association, destination, connected=bool(connections), section=section))
+    # pynetdicom takes a rejection that is followed closely by its connection's end for an abort
+    rejections = [event.pdu for event in received if isinstance(event.pdu, A_ASSOCIATE_RJ)]
+    return Absence(_why_not(destination, rejections, connected=bool(connections), section=section))
 
 
 def tls_context(destination: DestinationSettings) -> ssl.SSLContext:
@@ -138,10 +142,11 @@ def echo(destination: DestinationSettings, scp: ScpSettings, section: str = "[[d
     return True, f"{where(destination)} answers C-ECHO with Success{' over TLS' if destination.tls else ''}"
 
 
-def _why_not(association: Association, destination: DestinationSettings, *, connected: bool, section: str) -> str:
-    if association.is_rejected:
-        primitive = association.acceptor.primitive
-        why = f"{primitive.result_str}: {primitive.reason_str}" if primitive else "no reason given"
+def _why_not(
+    destination: DestinationSettings, rejections: Sequence[A_ASSOCIATE_RJ], *, connected: bool, section: str
+) -> str:
+    for rejection in rejections:
+        why = f"{rejection.result_str}: {rejection.reason_str}"
         return f"{where(destination)} rejects the association ({why}); check the AE titles on both sides"
     if destination.tls and _listens(destination):
         fault = tls_fault(destination, section)

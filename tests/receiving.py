@@ -23,7 +23,7 @@ from pydicom.filewriter import write_dataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, Association, build_context, evt
 from pynetdicom.dimse_primitives import C_STORE
-from pynetdicom.pdu import A_ASSOCIATE_RQ
+from pynetdicom.pdu import A_ASSOCIATE_RJ, A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import (
     A_ASSOCIATE,
     ImplementationClassUIDNotification,
@@ -39,6 +39,7 @@ STUDY_UID = "1.2.826.0.1.3680043.10.1.1"
 
 
 _connections: list[socket.socket] = []  # of our peers: pynetdicom leaves some of its own open
+_rejections: dict[Association, tuple[int, int, int]] = {}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def running(
         receiver.stop(grace_s)
         while _connections:
             _connections.pop().close()
+        _rejections.clear()
 
 
 def instance(number: int = 1, *, study_uid: str = STUDY_UID, sop_class_uid: str = CTImageStorage) -> Dataset:
@@ -133,13 +135,26 @@ def associate(
         contexts=[build_context(abstract_syntax, syntaxes) for abstract_syntax, syntaxes in pairs],
         ae_title=called_ae,
         max_pdu=max_pdu_bytes,
-        evt_handlers=[(evt.EVT_CONN_OPEN, _remember_connection)],
+        evt_handlers=[(evt.EVT_CONN_OPEN, _remember_connection), (evt.EVT_PDU_RECV, _remember_rejection)],
         tls_args=None if tls is None else (tls, "127.0.0.1"),
     )
 
 
+def rejection(association: Association) -> tuple[int, int, int] | None:
+    """Result, source and reason of the A-ASSOCIATE-RJ that came, if one did.
+
+    Not from the association: where the end of the connection follows closely, it may say that it was aborted.
+    """
+    return _rejections.get(association)
+
+
 def _remember_connection(event: evt.Event) -> None:
     _connections.append(event.assoc.dul.socket.socket)
+
+
+def _remember_rejection(event: evt.Event) -> None:
+    if isinstance(event.pdu, A_ASSOCIATE_RJ):
+        _rejections[event.assoc] = event.pdu.result, event.pdu.source, event.pdu.reason_diagnostic
 
 
 def send(

@@ -106,7 +106,12 @@ def listening(
         setattr(application, name, value)
     for uid in classes:
         application.add_supported_context(uid, list(syntaxes))
-    handlers: list[Any] = [(evt.EVT_C_STORE, pacs.store), (evt.EVT_REQUESTED, pacs.note)]
+    connections: list[Any] = []  # a peer that is gone before its association begins leaves its own open
+    handlers: list[Any] = [
+        (evt.EVT_C_STORE, pacs.store),
+        (evt.EVT_REQUESTED, pacs.note),
+        (evt.EVT_CONN_OPEN, lambda event: connections.append(event.assoc.dul.socket.socket)),
+    ]
     server = application.start_server((host, pacs.port), block=False, evt_handlers=handlers, ssl_context=tls)
     assert server is not None
     pacs.port = server.server_address[1]
@@ -114,6 +119,8 @@ def listening(
         yield pacs
     finally:
         server.shutdown()
+        for connection in connections:
+            connection.close()
 
 
 @dataclass
