@@ -61,11 +61,11 @@ ae_title = "PACS"
 min_free_gb = {min_free_gb}
 [assembly]
 quiet_period_s = {quiet_period_s}
-sweep_s = 0.3
+sweep_s = {sweep_s}
 [queue]
 {queue}
 lease_s = {lease_s}
-ring_again_s = 2
+ring_again_s = {ring_again_s}
 [database]
 {database}
 [model]
@@ -164,6 +164,8 @@ class Service:
         spool: Path | None = None,
         min_free_gb: float = 0.01,
         lease_s: float = 5,
+        sweep_s: float = 0.3,
+        ring_again_s: float = 2,
         level: str = "INFO",
         port: int = 0,
         web_port: int = 0,
@@ -184,6 +186,8 @@ class Service:
             spool=f'path = "{spool}"' if spool else "",
             min_free_gb=min_free_gb,
             lease_s=lease_s,
+            sweep_s=sweep_s,
+            ring_again_s=ring_again_s,
             level=level,
             web=f"port = {web_port}" if web_port else "enabled = false",
         )

@@ -40,6 +40,7 @@ class Ledger:
 
     acknowledged: dict[Key, str] = field(default_factory=dict)
     refused: Counter[int] = field(default_factory=Counter)  # by DIMSE status
+    successes: int = 0  # also of instances that were sent again
     begun: int = 0  # studies
     finished: int = 0  # studies of which every instance was acknowledged
     lost_connections: int = 0
@@ -156,6 +157,7 @@ class Load:
                         self.ledger.refused[status] += 1
                     raise EOFError
                 with self.ledger.lock:
+                    self.ledger.successes += 1
                     self.ledger.acknowledged[str(dataset.StudyInstanceUID), uid] = sha256(content).hexdigest()
             waiting.remove((dataset, content))
         connection.sendall(RELEASE_REQUEST)
