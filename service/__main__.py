@@ -143,7 +143,7 @@ def _serve_all(settings: Settings, config: Path | None, stop: Event, *, with_wor
     log.info("serving", ae_title=settings.scp.ae_title, host=settings.scp.host, port=settings.scp.port)
     supervisor.supervise(wanted, stop)
     if with_worker:
-        dispatch.hand_back_of_the_dead(sessions, socket.gethostname(), datetime.now(UTC))
+        dispatch.hand_back_of_the_dead(sessions, settings.data.path, datetime.now(UTC))
     _note(sessions, AuditKind.SERVICE_STOPPED)
 
 

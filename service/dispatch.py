@@ -18,13 +18,13 @@ from kombu.exceptions import OperationalError
 from pydicom import dcmread
 from pydicom.multival import MultiValue
 from redis.exceptions import RedisError
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import and_, func, or_, select, update
 from sqlalchemy.exc import InterfaceError
 from sqlalchemy.exc import OperationalError as DatabaseAway
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import routing
-from service.shared import VERSION, audit, transitions
+from service.shared import VERSION, audit, lifeline, transitions
 from service.shared.audit import AuditKind
 from service.shared.db import Analysis, AnalysisState, Instance, Study, StudyState
 from service.shared.log import explain_exception
@@ -99,7 +99,8 @@ def check(settings: Settings) -> None:
 
 
 def sweep(settings: Settings, sessions: sessionmaker[Session], spool: Path, doorbell: Doorbell, now: datetime) -> None:
-    """One round: complete studies are queued, exhausted analyses failed, waiting ones rung for."""
+    """One round: complete studies are queued, leases of dead workers ended, exhausted analyses failed, waiting ones
+    rung for."""
     with sessions() as session:
         waiting = session.scalars(
             select(Study.id).where(
@@ -112,6 +113,9 @@ def sweep(settings: Settings, sessions: sessionmaker[Session], spool: Path, door
         with sessions.begin() as session:
             queue_study(session, study_id, settings, spool, now)
     with sessions.begin() as session:
+        for analysis in _held_by_the_dead(session, settings.data.path):
+            if transitions.end_lease(session, analysis, now=now):
+                log.warning("worker_died", analysis_id=analysis.id, worker=analysis.worker, fence=analysis.fence)
         transitions.fail_exhausted(session, max_attempts=settings.queue.max_attempts, now=now, actor=ACTOR)
     ring_waiting(settings, sessions, doorbell, now)
 
@@ -203,27 +207,33 @@ def series_attributes(
 
 
 def ring_waiting(settings: Settings, sessions: sessionmaker[Session], doorbell: Doorbell, now: datetime) -> None:
-    """Ring for what was never rung for or lost its worker since; and again for what is overdue, once the queue is dry.
+    """Ring for what was never rung for or lost its worker since; and again for what is overdue, once the queue is dry
+    or something that was rung for later is being read.
 
-    A queue that is not dry may still hold the messages: ringing then would only pile up more of them.
+    Otherwise the queue, which keeps its order, may still hold the messages: ringing would only pile up more of them.
     """
     overdue = now - timedelta(seconds=settings.queue.ring_again_s)
     waits = or_(
         Analysis.state == AnalysisState.QUEUED,
-        and_(Analysis.state == AnalysisState.RUNNING, Analysis.lease_until < now),
+        and_(Analysis.state == AnalysisState.RUNNING, Analysis.lease_until <= now),
     )
     with sessions() as session:
         rows = session.execute(
             select(Analysis.id, Analysis.rung_at, Analysis.lease_until).where(waits).order_by(Analysis.queued_at)
         ).all()
-    ids, again = [], []
+    ids, again = [], {}
     for analysis_id, rung_at, lease_until in rows:
         if rung_at is None or (lease_until is not None and rung_at < lease_until):
             ids.append(analysis_id)
         elif rung_at < overdue:
-            again.append(analysis_id)
+            again[analysis_id] = rung_at
     if again and doorbell.is_dry():
         ids += again
+    elif again:
+        with sessions() as session:
+            running = (Analysis.state == AnalysisState.RUNNING) & (Analysis.lease_until > now)
+            newest = session.scalar(select(func.max(Analysis.rung_at)).where(running))
+        ids += [analysis_id for analysis_id, rung_at in again.items() if newest is not None and rung_at < newest]
     if not ids:
         return
     sent = doorbell.ring(ids)
@@ -232,21 +242,20 @@ def ring_waiting(settings: Settings, sessions: sessionmaker[Session], doorbell: 
             session.execute(update(Analysis).where(Analysis.id.in_(sent)).values(rung_at=now))
 
 
-def hand_back_of_the_dead(sessions: sessionmaker[Session], host: str, now: datetime) -> int:
-    """Queue again what workers of this host were reading when they were ended; how many. A planned stop is no fault
+def hand_back_of_the_dead(sessions: sessionmaker[Session], data: Path, now: datetime) -> int:
+    """Queue again what workers of this machine were reading when they were ended; how many. A planned stop is no fault
     of the study, so it costs no attempt."""
-    handed_back = 0
     with sessions.begin() as session:
-        running = session.scalars(
-            select(Analysis).where(
-                Analysis.state == AnalysisState.RUNNING, Analysis.worker.startswith(f"{host}/", autoescape=True)
-            )
-        ).all()
-        for analysis in running:
-            process = (analysis.worker or "").rpartition("/")[2]
-            if process.isdigit() and not Path("/proc", process).exists():
-                handed_back += transitions.hand_back(session, analysis, now=now, actor=ACTOR)
-    return handed_back
+        return sum(
+            transitions.hand_back(session, analysis, now=now, actor=ACTOR)
+            for analysis in _held_by_the_dead(session, data)
+        )
+
+
+def _held_by_the_dead(session: Session, data: Path) -> list[Analysis]:
+    """What runs on record, and whose worker has surely died; of the others their leases tell."""
+    running = session.scalars(select(Analysis).where(Analysis.state == AnalysisState.RUNNING)).all()
+    return [one for one in running if one.worker is not None and lifeline.is_cut(data, one.worker)]
 
 
 def _snapshot(settings: Settings) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from celery import Celery
 from celery.signals import worker_process_init, worker_process_shutdown
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.shared import lifeline
 from service.shared.db import open_engine, open_sessions
 from service.shared.log import explain_exception, set_up_logging
 from service.shared.queue import TASK_READ_STUDY, celery_options
@@ -92,6 +93,7 @@ def build_app(settings: Settings) -> Celery:
     def load_model(**_: Any) -> None:
         set_up_logging(settings.log, role="worker")
         child = _child_of(settings)
+        child.presence.enter_context(lifeline.held(settings.data.path, child.name))
         child.presence.enter_context(presence_kept(child))
         try:
             child.model_for(settings.model)

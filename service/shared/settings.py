@@ -123,7 +123,7 @@ class QueueSettings(Section):
     visibility_timeout_s: int = Field(default=2400, ge=2)
     lease_s: float = Field(default=15, gt=0)
     max_attempts: int = Field(default=3, ge=1)
-    ring_again_s: float = Field(default=30, gt=0)
+    ring_again_s: float = Field(default=10, gt=0)
     batch_studies: int = Field(default=1, ge=1, le=64)
 
     @model_validator(mode="after")

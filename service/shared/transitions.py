@@ -304,9 +304,26 @@ def hand_back(session: Session, analysis: Analysis, *, now: datetime, actor: str
     return changed
 
 
+def end_lease(session: Session, analysis: Analysis, *, now: datetime) -> bool:
+    """Whoever runs it has died: what it holds may be claimed at once, and counts as an attempt as ever."""
+    return took_place(
+        session,
+        update(Analysis)
+        .where(
+            Analysis.id == analysis.id,
+            Analysis.state == AnalysisState.RUNNING,
+            Analysis.fence == analysis.fence,
+            Analysis.lease_until > now,
+        )
+        .values(lease_until=now),
+    )
+
+
 def fail_exhausted(session: Session, *, max_attempts: int, now: datetime, actor: str) -> int:
     """running, lease expired, attempts spent -> failed; how many. Nobody is left who could close these."""
-    spent = and_(Analysis.state == AnalysisState.RUNNING, Analysis.lease_until < now, Analysis.attempts >= max_attempts)
+    spent = and_(
+        Analysis.state == AnalysisState.RUNNING, Analysis.lease_until <= now, Analysis.attempts >= max_attempts
+    )
     failed = 0
     for analysis in session.scalars(select(Analysis).where(spent)).all():
         changed = took_place(

@@ -21,6 +21,7 @@ from tests.servers import wait_for
 
 pytestmark = [pytest.mark.kills, pytest.mark.slow, pytest.mark.timeout(300)]
 
+LONG_LEASE_S = 3600.0  # so that nothing is read again because time went by: the deaths themselves must be seen
 LONG_REPORT = 800  # tokens: the model writes for seconds on a quick machine too, so that a kill can hit it
 
 
@@ -28,7 +29,8 @@ LONG_REPORT = 800  # tokens: the model writes for seconds on a quick machine too
 def service(tmp_path_factory: pytest.TempPathFactory, random_model: Path, storescp: Storescp) -> Iterator[Service]:
     """One service for all tests of this file: what was killed in one test must serve the next one."""
     folder = tmp_path_factory.mktemp("service")
-    with Service(folder, random_model, pacs=[Pacs(storescp.port)], max_new_tokens=LONG_REPORT) as running:
+    pacs = [Pacs(storescp.port)]
+    with Service(folder, random_model, pacs=pacs, max_new_tokens=LONG_REPORT, lease_s=LONG_LEASE_S) as running:
         running.wait_for_model()
         yield running
 

@@ -9,8 +9,8 @@ Recovery is the time from the death of the process until its work goes on, which
 - it is there and answers: the receiver accepts an association, Redis answers PING, the database a SELECT, the worker's
   child has loaded its model, the others hold their database open;
 - what waited for it when it died is done: receipts are in the rows (ingest), complete studies queued (dispatch),
-  finished analyses built and delivered (deliver), and what a worker was reading is claimed anew or closed (worker,
-  child, Redis); for the database and the whole service all of that;
+  finished analyses built and delivered (deliver), what a worker was reading is claimed anew or closed, and what waited
+  for a worker is claimed (worker, child, Redis); for the database and the whole service all of that;
 - it did something that it had not done then: a sender got Success, a new instance is on record, a new analysis queued,
   one started, one more report delivered.
 For the database and the whole service the time until somebody else starts them again is part of it.
@@ -56,7 +56,7 @@ AE_TITLES = ("CT1", "CT2", "MR1", "PACS")
 SOURCES = "".join(f'[[source]]\nae_title = "{title}"\n' for title in AE_TITLES if title != "PACS")
 BACKLOG = 30  # studies that may wait; beyond, the modalities rest
 BACKLOG_APART = 4  # so few that something new comes to every part every few seconds
-GIVE_UP_S = 240.0  # a part that is not back by then never comes back
+GIVE_UP_S = 600.0  # a part that is not back by then never comes back
 STEP_S = 3.0  # for a process to reach the system call that kills it
 CHECK_EVERY = 25  # kills
 DRAIN_S = 600.0
@@ -390,6 +390,8 @@ class Matrix:
                     running = Analysis.state == AnalysisState.RUNNING
                     rows = session.execute(select(Analysis.id, Analysis.fence).where(running))
                     found |= {("running", f"{analysis_id} fence {fence}") for analysis_id, fence in rows}
+                    queued = select(Analysis.id).where(Analysis.state == AnalysisState.QUEUED)
+                    found |= {("queued", analysis_id) for analysis_id in session.scalars(queued)}
                 if target == "deliver" or everything:
                     read = Analysis.state == AnalysisState.READ
                     found |= {("read", analysis) for analysis in session.scalars(select(Analysis.id).where(read))}

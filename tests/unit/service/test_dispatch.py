@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -25,6 +22,7 @@ from service.dispatch import Doorbell
 from service.shared import transitions
 from service.shared.db import Analysis, AnalysisState, Study, StudyState
 from service.shared.settings import ConfigurationError, Settings
+from tests.lifelines import let_die, worker_named
 from tests.receiving import encode, instance, wait_until
 from tests.rows import (
     NOW,
@@ -350,7 +348,7 @@ def test_queued_analysis_is_rung_for_again_when_its_message_is_lost(sessions: se
     bell = Bell()
 
     for seconds in (0, 29, 31, 40, 62):
-        sweep(sessions, bell, after(seconds))
+        sweep(sessions, bell, after(seconds), queue={"ring_again_s": 30})
 
     assert bell.rung == [analysis_id] * 3  # at 0, 31 and 62 s
 
@@ -364,6 +362,25 @@ def test_queue_that_is_not_dry_is_not_filled_further(sessions: sessionmaker[Sess
         sweep(sessions, bell, after(seconds))
 
     assert bell.rung == [analysis_id]
+
+
+def test_analysis_that_later_ones_have_overtaken_has_lost_its_message(sessions: sessionmaker[Session]) -> None:
+    """A queue keeps its order, and at a busy site it never runs dry: a worker died with the message in its hand."""
+    lost, taken, waiting = (
+        add_analysis(sessions, add_study(sessions, f"2.25.{number}"), now=after(number)) for number in (1, 2, 3)
+    )
+    bell = Bell(dry=False)
+    with sessions.begin() as session:
+        for number, analysis_id in enumerate((lost, taken, waiting)):
+            session.get_one(Analysis, analysis_id).rung_at = after(number)
+    claimed(sessions, taken, now=after(20), lease_s=10_000)
+
+    for seconds in (25, 31, 33):
+        sweep(sessions, bell, after(seconds), queue={"ring_again_s": 30})
+    assert bell.rung == [lost]  # at 31 s; the message of the third is still to come
+
+    sweep(sessions, bell, after(62), queue={"ring_again_s": 30})
+    assert bell.rung == [lost]  # its new message is behind all others
 
 
 def test_running_analysis_is_left_alone_while_its_lease_holds(sessions: sessionmaker[Session]) -> None:
@@ -391,7 +408,7 @@ def test_analysis_that_lost_its_worker_is_rung_for_at_once(sessions: sessionmake
     assert bell.rung == [analysis_id]  # at 22 s
 
     bell.dry = True
-    sweep(sessions, bell, after(53))
+    sweep(sessions, bell, after(33))
     assert bell.rung == [analysis_id] * 2
 
 
@@ -439,36 +456,70 @@ def test_older_analyses_are_rung_for_first(sessions: sessionmaker[Session]) -> N
     assert bell.rung == [early, late]
 
 
-# --- after a planned stop -------------------------------------------------------------------------------------------
+# --- after the death of a worker ------------------------------------------------------------------------------------
 
 
-def a_dead_process() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def test_work_of_an_ended_worker_is_handed_back_without_an_attempt(sessions: sessionmaker[Session]) -> None:
-    """A planned stop that outlasts its grace costs the study nothing."""
+def test_what_a_dead_worker_was_reading_is_rung_for_at_once(sessions: sessionmaker[Session], tmp_path: Path) -> None:
+    """However long its lease would still hold; once, and the attempt counts, for the study may have killed it."""
     analysis_id = add_analysis(sessions, add_study(sessions))
-    claimed(sessions, analysis_id, worker=f"here/{a_dead_process()}")
+    bell = Bell()
+    sweep(sessions, bell, data={"path": tmp_path})
+    bell.rung.clear()
+    claimed(sessions, analysis_id, now=after(1), lease_s=10_000, worker="here/1")
+    let_die("here/1", tmp_path)
 
-    assert dispatch.hand_back_of_the_dead(sessions, "here", NOW) == 1
+    for seconds in (2, 4, 6):
+        sweep(sessions, bell, after(seconds), data={"path": tmp_path})
 
-    analysis = get(sessions, Analysis, analysis_id)
-    assert (analysis.state, analysis.attempts, analysis.rung_at) == (AnalysisState.QUEUED, 0, None)
-    assert "analysis-retried" in kinds(sessions, analysis_id=analysis_id)
+    assert bell.rung == [analysis_id]
+    assert claimed(sessions, analysis_id, now=after(7)) is not None
+    assert get(sessions, Analysis, analysis_id).attempts == 2
 
 
-@pytest.mark.parametrize("worker", [f"here/{os.getpid()}", "there/1", "here_/999999999"])
-def test_work_of_a_worker_that_may_live_is_left_alone(sessions: sessionmaker[Session], worker: str) -> None:
-    """A running process, or one on another host, keeps what it claimed."""
+def test_dead_worker_that_had_the_last_attempt_fails_the_analysis(
+    sessions: sessionmaker[Session], tmp_path: Path
+) -> None:
+    """Nobody is called again."""
+    analysis_id = add_analysis(sessions, add_study(sessions), attempts=2)
+    claimed(sessions, analysis_id, lease_s=10_000, worker="here/1")
+    let_die("here/1", tmp_path)
+    bell = Bell()
+
+    sweep(sessions, bell, after(1), data={"path": tmp_path}, queue={"max_attempts": 3})
+
+    assert get(sessions, Analysis, analysis_id).state is AnalysisState.FAILED
+    assert bell.rung == []
+
+
+def test_worker_that_lives_keeps_what_it_reads(sessions: sessionmaker[Session], tmp_path: Path) -> None:
+    """Its lifeline is held."""
     analysis_id = add_analysis(sessions, add_study(sessions))
-    claimed(sessions, analysis_id, worker=worker)
+    claimed(sessions, analysis_id, lease_s=10_000, worker="here/1")
+    bell = Bell()
 
-    assert dispatch.hand_back_of_the_dead(sessions, "here", NOW) == 0
+    with worker_named("here/1", tmp_path):
+        sweep(sessions, bell, after(1), data={"path": tmp_path})
+        assert dispatch.hand_back_of_the_dead(sessions, tmp_path, after(1)) == 0
 
+    assert bell.rung == []
     assert get(sessions, Analysis, analysis_id).state is AnalysisState.RUNNING
+
+
+def test_work_of_an_ended_worker_is_handed_back_without_an_attempt(
+    sessions: sessionmaker[Session], tmp_path: Path
+) -> None:
+    """A planned stop that outlasts its grace costs the study nothing; what may live elsewhere is left alone."""
+    ended, elsewhere = (add_analysis(sessions, add_study(sessions, f"2.25.{number}")) for number in (1, 2))
+    claimed(sessions, ended, worker="here/1")
+    claimed(sessions, elsewhere, worker="there/1")
+    let_die("here/1", tmp_path)
+
+    assert dispatch.hand_back_of_the_dead(sessions, tmp_path, NOW) == 1
+
+    analysis = get(sessions, Analysis, ended)
+    assert (analysis.state, analysis.attempts, analysis.rung_at) == (AnalysisState.QUEUED, 0, None)
+    assert "analysis-retried" in kinds(sessions, analysis_id=ended)
+    assert get(sessions, Analysis, elsewhere).state is AnalysisState.RUNNING
 
 
 # --- the real queue -------------------------------------------------------------------------------------------------
