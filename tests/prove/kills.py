@@ -2,8 +2,8 @@
 
 `./run prove kills [--kills 500] [--apart 100] [--seed N] [--postgres]`. Half of the kills strike a process on its way
 into a system call that changes something (fsync, rename, send, ...), which strace injects; the others strike
-whenever they happen to. The first ones are apart: each waits until the recovery from the one before is over. The
-others come in a burst, every second or so, and fall into each other's recovery.
+whenever they happen to. The first ones are apart: each waits until the recovery from the one before is over and few
+studies wait. The others come in a burst, every second or so, and fall into each other's recovery.
 
 Recovery is the time from the death of the process until its work goes on, which is all of this:
 - it is there and answers: the receiver accepts an association, Redis answers PING, the database a SELECT, the worker's
@@ -55,7 +55,7 @@ from tests.servers import LOOPBACK, PostgresServer, find_program, wait_for
 AE_TITLES = ("CT1", "CT2", "MR1", "PACS")
 SOURCES = "".join(f'[[source]]\nae_title = "{title}"\n' for title in AE_TITLES if title != "PACS")
 BACKLOG = 30  # studies that may wait; beyond, the modalities rest
-BACKLOG_APART = 4  # so few that something new comes to every part every few seconds
+BACKLOG_APART = 3  # so few that none waits long for its turn
 GIVE_UP_S = 600.0  # a part that is not back by then never comes back
 STEP_S = 3.0  # for a process to reach the system call that kills it
 CHECK_EVERY = 25  # kills
@@ -193,6 +193,8 @@ class Matrix:
             self._pause(self._chance.uniform(0.05, 1.2))
             if not round_:
                 round_ = self._chance.sample(list(self._targets), len(self._targets))
+            while self._backlog >= BACKLOG_APART:  # the modalities rest: nothing new would come to what is killed
+                self._pause(0.2)
             if self._strike(round_.pop(), kills, apart=True):
                 self._wait_for_recovery()
 
