@@ -15,7 +15,7 @@ RUN apt-get update \
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY service ./service
 COPY migrations ./migrations
-RUN pip install -c constraints.txt -e '.[service]'
+RUN pip install -c constraints.txt -e '.[service]' && python -m compileall -q service migrations
 
 RUN groupadd --gid 10001 medpruner \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin medpruner \

@@ -18,7 +18,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY service/__init__.py ./service/__init__.py
 COPY service/shared ./service/shared
 COPY workers ./workers
-RUN pip install -c constraints.txt -e '.[worker]'
+RUN pip install -c constraints.txt -e '.[worker]' && python -m compileall -q service workers
 
 RUN groupadd --gid 10001 medpruner \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin medpruner \

@@ -193,8 +193,10 @@ class Matrix:
             self._pause(self._chance.uniform(0.05, 1.2))
             if not round_:
                 round_ = self._chance.sample(list(self._targets), len(self._targets))
+            end = time.monotonic() + GIVE_UP_S
             while self._backlog >= BACKLOG_APART:  # the modalities rest: nothing new would come to what is killed
                 self._pause(0.2)
+                assert time.monotonic() < end, f"{self._backlog} studies wait for {GIVE_UP_S:g} s already"
             if self._strike(round_.pop(), kills, apart=True):
                 self._wait_for_recovery()
 

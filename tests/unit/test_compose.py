@@ -198,6 +198,16 @@ def test_images_copy_what_exists(name: str) -> None:
             assert [source for source in sources if not (ROOT / source).exists()] == []
 
 
+@pytest.mark.parametrize(("name", "packages"), [("service", "service migrations"), ("worker", "service workers")])
+def test_images_hold_compiled_modules(name: str, packages: str) -> None:
+    """Their users can write none: a process that starts again would compile them each time. pip compiles its own."""
+    assert any(
+        rest.endswith(f"python -m compileall -q {packages}")
+        for word, rest in instructions(f"{name}.Dockerfile")
+        if word == "RUN"
+    )
+
+
 def test_service_image_has_no_gpu_software() -> None:
     """The service's extra brings neither torch nor transformers, and its image does not hold the workers."""
     text = (COMPOSE / "service.Dockerfile").read_text()
