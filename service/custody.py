@@ -22,6 +22,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import build_context, build_role
 from pynetdicom.association import Association
 from sqlalchemy import select
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import commitment_answers, commitment_requests
@@ -32,6 +33,7 @@ from service.shared import audit
 from service.shared.audit import AuditKind
 from service.shared.backoff import try_again_at
 from service.shared.db import Instance
+from service.shared.log import explain_exception
 from service.shared.settings import DestinationSettings, ScpSettings, Settings, SourceSettings
 from service.spool import Spool
 
@@ -108,20 +110,30 @@ def _tls(scp: ScpSettings) -> dict[str, object]:
 def decide(
     waiting: Iterable[tuple[Path, Request | None]], sessions: sessionmaker[Session], spool: Spool, now: datetime
 ) -> int:
-    """Turn requests into reports; how many. Every instance that was acknowledged before them must be in the rows."""
+    """Turn requests into reports; how many. Every instance that was acknowledged before them must be in the rows.
+
+    One that fails is tried again at the next call, for a week, and holds up no other. Raises OperationalError or
+    InterfaceError where the database is away.
+    """
     done = 0
     for path, request in waiting:
-        done += 1
         if request is None:
             log.error(
                 "commitment_request_unusable", file=path.name, remedy="kept as *.unusable; the requester asks again"
             )
             commitment_answers.set_aside(path)
             continue
-        with spool.removing_or_committing():
-            report = _decide_one(request, sessions, spool, now)
-            commitment_requests.keep_report(spool.path, report)
-        path.unlink(missing_ok=True)
+        try:
+            with spool.removing_or_committing():
+                report = _decide_one(request, sessions, spool, now)
+                commitment_requests.keep_report(spool.path, report)
+            path.unlink(missing_ok=True)
+        except (OperationalError, InterfaceError):
+            raise
+        except Exception as error:  # noqa: BLE001  # of this request; what went wrong is logged and tried again
+            _undecided(path, request, explain_exception(error), now)
+            continue
+        done += 1
         log.info(
             "commitment_decided",
             calling_ae=request.calling_ae,
@@ -129,6 +141,16 @@ def decide(
             failed=len(report.failed),
         )
     return done
+
+
+def _undecided(path: Path, request: Request, fault: str, now: datetime) -> None:
+    if now - request.requested_at > GIVEN_UP_AFTER:
+        log.error("commitment_request_given_up", file=path.name, calling_ae=request.calling_ae, error=fault)
+        commitment_answers.set_aside(path)
+    else:
+        log.error(
+            "commitment_undecided", file=path.name, calling_ae=request.calling_ae, error=fault, remedy="tried again"
+        )
 
 
 def _decide_one(request: Request, sessions: sessionmaker[Session], spool: Spool, now: datetime) -> Report:

@@ -17,12 +17,14 @@ from pynetdicom import AE, build_context, build_role, evt
 from pynetdicom.association import Association
 from pynetdicom.sop_class import StorageCommitmentPushModel
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import assembly, commitment_requests, custody, retention
 from service.commitment_answers import PUSH_MODEL_INSTANCE
 from service.commitment_requests import Reference, Request
 from service.refusals import recent
+from service.shared import audit
 from service.shared.db import Study, StudyState
 from service.shared.settings import Settings
 from tests.receiving import SENDER, STUDY_UID, Running, associate, instance, running, send_instance
@@ -300,8 +302,7 @@ def test_decision_that_was_cut_short_is_made_again(
     ask(custodian.receiver, ct(1))
     with monkeypatch.context() as patched:
         patched.setattr(commitment_requests, "keep_report", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            custodian.ingest()
+        custodian.ingest()
     with requester.listening():
         custodian.ingest()
         custodian.report()
@@ -318,6 +319,53 @@ def test_unreadable_request_is_set_aside(custodian: Custodian) -> None:
 
     assert custodian.files(commitment_requests.REQUESTS) == [".unusable"]
     assert custodian.files(commitment_requests.REPORTS) == [".json"]
+
+
+def test_request_that_cannot_be_decided_holds_up_no_other(custodian: Custodian) -> None:
+    """It is tried again, and decided once that is possible."""
+    reports = custodian.receiver.spool.path / commitment_requests.REPORTS
+    store(custodian.receiver, 1)
+    for number in range(3):
+        ask(custodian.receiver, ct(1), transaction_uid=f"2.25.{number}")
+    first = min(path.name for path, _ in commitment_requests.requests(custodian.receiver.spool.path))
+    obstacle = reports / f"{first}.part"  # its report cannot be written
+    obstacle.mkdir(parents=True)
+
+    custodian.ingest()
+    assert custodian.files(commitment_requests.REQUESTS) == [".json"]
+    assert custodian.files(commitment_requests.REPORTS) == [".json", ".json", ".part"]
+
+    obstacle.rmdir()
+    custodian.ingest()
+    assert custodian.files(commitment_requests.REQUESTS) == []
+    assert custodian.files(commitment_requests.REPORTS) == [".json"] * 3
+
+
+def test_request_that_can_never_be_decided_is_given_up_after_a_week(custodian: Custodian) -> None:
+    """Its file stays for a person."""
+    spool = custodian.receiver.spool
+    ask(custodian.receiver, ct(1))
+    asked = list(commitment_requests.requests(spool.path))
+    (spool.path / commitment_requests.REPORTS / f"{asked[0][0].name}.part").mkdir(parents=True)
+
+    for days, kept in ((0, ".json"), (6, ".json"), (8, ".unusable")):
+        custody.decide(asked, custodian.sessions, spool, datetime.now(UTC) + timedelta(days=days))
+        assert custodian.files(commitment_requests.REQUESTS) == [kept]
+
+
+def test_database_that_is_away_is_waited_for(custodian: Custodian, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no fault of a request; the loop says it once."""
+    ask(custodian.receiver, ct(1))
+
+    def away(*_: Any, **__: Any) -> None:
+        raise OperationalError("SELECT", {}, OSError())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(audit, "append", away)
+        with pytest.raises(OperationalError):
+            custodian.ingest()
+
+    assert custodian.files(commitment_requests.REQUESTS) == [".json"]
 
 
 # --- telling --------------------------------------------------------------------------------------------------------
