@@ -412,6 +412,8 @@ class Matrix:
             if kill.is_over():
                 kill.recovery_s = time.monotonic() - kill.at
                 self._open.remove(kill)
+                if kill.apart:
+                    self._say(f"{kill.target} ({kill.step}) went on after {kill.recovery_s:.1f} s")
             elif time.monotonic() - kill.at > GIVE_UP_S:
                 self.outcome.broken.append(f"{kill.target} (killed: {kill.step}) is not back after {GIVE_UP_S:g} s")
                 self._open.remove(kill)
