@@ -381,16 +381,17 @@ class Receiver:
         try:
             dataset = _data_set(report.event_information, report.transfer_syntax_uid)
             answer = commitment_answers.decode(dataset, peer.calling_ae)
-            commitment_answers.keep(self._spool.path, answer)
         except commitment_answers.BadAnswer as error:
             log.warning("event_report_refused", **names, reason=str(error))
             return 0x0115  # invalid argument value
+        except Exception as error:  # noqa: BLE001  # what hostile bytes lead the library to, OSError among it
+            log.warning("event_report_refused", **names, reason=explain_exception(error))
+            return 0x0115
+        try:
+            commitment_answers.keep(self._spool.path, answer)
         except OSError as error:
             log.error("event_report_refused", **names, reason=f"it cannot be kept: {error.strerror}")
             return 0x0213  # resource limitation; the destination reports again
-        except Exception as error:  # noqa: BLE001  # what hostile bytes lead the library to
-            log.warning("event_report_refused", **names, reason=explain_exception(error))
-            return 0x0115
         log.info("commitment_answered", **names, committed=len(answer.committed), failed=len(answer.failed))
         return 0x0000
 
@@ -428,16 +429,17 @@ class Receiver:
                 association_id=peer.association_id,
                 requested_at=datetime.now(UTC),
             )
-            commitment_requests.keep_request(self._spool.path, kept)
         except commitment_requests.BadRequest as error:
             log.warning("commitment_refused", **names, reason=str(error))
             return 0x0115  # invalid argument value
+        except Exception as error:  # noqa: BLE001  # what hostile bytes lead the library to, OSError among it
+            log.warning("commitment_refused", **names, reason=explain_exception(error))
+            return 0x0115
+        try:
+            commitment_requests.keep_request(self._spool.path, kept)
         except OSError as error:
             log.error("commitment_refused", **names, reason=f"it cannot be kept: {error.strerror}")
             return 0x0213  # resource limitation
-        except Exception as error:  # noqa: BLE001  # what hostile bytes lead the library to
-            log.warning("commitment_refused", **names, reason=explain_exception(error))
-            return 0x0115
         log.info("commitment_requested", **names, instances=len(references))
         return 0x0000
 

@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event, Thread
@@ -17,15 +18,19 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from structlog.testing import capture_logs
 
-from service.acceptor import Acceptor, EventReport, Limits, Peer, Refusal, StoreRequest
+from service import commitment_requests
+from service.acceptor import Acceptor, ActionRequest, EventReport, Limits, Peer, Refusal, StoreRequest
+from service.commitment_answers import PUSH_MODEL, PUSH_MODEL_INSTANCE
+from service.shared.settings import SourceSettings
 from service.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from tests.prove.hostile import Crowd, asked_for_association, fuzz, hold
-from tests.prove.mutation import association, converse
+from tests.prove.mutation import action_information, association, converse
 from tests.prove.mutation import encode as encode_tree
 from tests.receiving import (
+    SENDER,
     STUDY_UID,
     Running,
     arriving,
@@ -53,6 +58,14 @@ SHORT_S = 0.5  # the idle timeout where a test waits for it
 @pytest.fixture
 def receiver(tmp_path: Path) -> Iterator[Running]:
     with running(tmp_path / "spool") as started:
+        yield started
+
+
+@pytest.fixture
+def fuzzed(tmp_path: Path) -> Iterator[Running]:
+    """A receiver that takes requests for storage commitment too."""
+    sources = (SourceSettings(ae_title=SENDER), SourceSettings(ae_title="FUZZ", commitment_port=104))
+    with running(tmp_path / "spool", sources=sources, storage_commitment=True) as started:
         yield started
 
 
@@ -558,21 +571,39 @@ def test_fault_of_the_disk_is_no_success(receiver: Running, monkeypatch: pytest.
     assert len(receipts(receiver.spool)) == 1
 
 
+def test_commitment_information_that_breaks_off_is_malformed(fuzzed: Running) -> None:
+    """pydicom calls that an OSError, and it is no fault of our disk: 0x0115, for report and request."""
+    peer = Peer("1", "FUZZ", "MEDPRUNER", "127.0.0.1", datetime.now(UTC))
+    content = b"".join(encode_tree(node) for node in action_information("implicit", "2.25.1", ["2.25.2"]))
+    broken = content[:22] + b"\xfe\xff\0"  # the sequence ends in the tag of its first item
+
+    request = ActionRequest(PUSH_MODEL, PUSH_MODEL_INSTANCE, 1, ImplicitVRLittleEndian, broken)
+    report = EventReport(PUSH_MODEL, ImplicitVRLittleEndian, broken)
+
+    assert fuzzed.receiver.action(peer, request) == 0x0115
+    assert fuzzed.receiver.event_report(peer, report) == 0x0115
+    assert fuzzed.receiver.action(peer, replace(request, action_information=content)) == 0x0000
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chance=st.randoms(use_true_random=False), number=st.integers(0, 10**6))
-def test_no_conversation_brings_the_receiver_down(receiver: Running, chance: random.Random, number: int) -> None:
+def test_no_conversation_brings_the_receiver_down(fuzzed: Running, chance: random.Random, number: int) -> None:
     """PDUs, command sets and data sets with wrong lengths, types, nesting, UIDs, fragments and order: the receiver ends
     the conversation, meets no fault of its own, keeps what it acknowledged, and serves the next sender."""
     conversation = converse(number, chance)
     with capture_logs() as lines:
-        answers = hold(receiver.port, conversation)
+        answers = hold(fuzzed.port, conversation)
 
     assert answers.is_over
     assert [line for line in lines if line["event"] == "association_failed"] == []
     assert [status for status, _ in answers.stored if status not in (0x0000, 0xA900, 0xC000, 0xC210)] == []
-    kept = {receipt.sop_instance_uid for receipt in receipts(receiver.spool)}
+    kept = {receipt.sop_instance_uid for receipt in receipts(fuzzed.spool)}
     assert {uid for status, uid in answers.stored if status == 0x0000} <= kept
-    assert asked_for_association(receiver.port)
+    assert [
+        status for status in answers.actions if status not in (0x0000, 0x0112, 0x0115, 0x0118, 0x0123, 0x0124)
+    ] == []
+    assert None not in [request for _, request in commitment_requests.requests(fuzzed.spool.path)]
+    assert asked_for_association(fuzzed.port)
 
 
 @pytest.mark.slow
@@ -585,6 +616,7 @@ def test_fuzzer_amid_dead_connections(tmp_path: Path) -> None:
     assert state.done == 1500
     assert state.probes > 0
     assert state.acknowledged > 300
+    assert state.requested > 50
 
 
 def test_receiver_is_quiet_about_contents(receiver: Running) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Self
 
+from service import commitment_requests
 from service.spool import Receipt, Spool
 from tests.prove.load import A_ASSOCIATE_AC, P_DATA_TF, read_pdu
 from tests.prove.mutation import Conversation, converse
@@ -41,7 +42,7 @@ BATCH = 500  # cases between two looks at the receiver
 MAX_RSS_MB = 300.0
 ANSWER_S = 60.0  # by then the receiver must have ended a conversation whose peer has nothing more to say
 PROBE_EVERY_S = 0.5
-STORE_ANSWER = 0x8001
+STORE_ANSWER, ACTION_ANSWER = 0x8001, 0x8130
 
 CONFIGURATION = """\
 [data]
@@ -49,6 +50,10 @@ path = "{folder}/data"
 [scp]
 port = {port}
 accept_unknown_sources = true
+storage_commitment = true
+[[source]]
+ae_title = "FUZZ"
+commitment_port = 104
 [spool]
 min_free_gb = 0.01
 [log]
@@ -63,6 +68,7 @@ class State:
     seed: int
     done: int = 0
     acknowledged: int = 0
+    requested: int = 0  # commitments of storage
     probes: int = 0
     late_probes: int = 0
     worst_probe_s: float = 0.0
@@ -216,9 +222,11 @@ def asked_for_association(port: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What came back in one conversation: (status, Affected SOP Instance UID) of each C-STORE."""
+    """What came back in one conversation: (status, Affected SOP Instance UID) of each C-STORE, the status of each
+    N-ACTION."""
 
     stored: tuple[tuple[int, str], ...]
+    actions: tuple[int, ...]
     is_over: bool  # the receiver ended it, as it must when its peer has nothing more to say
 
 
@@ -236,10 +244,16 @@ def hold(port: int, conversation: Conversation) -> Answers:
             is_over = False
         except OSError:
             pass
-    return Answers(tuple(stored_in(received)), is_over)
+    answers = list(answers_in(received))
+    return Answers(
+        tuple((status, uid) for field, status, uid in answers if field == STORE_ANSWER),
+        tuple(status for field, status, _ in answers if field == ACTION_ANSWER),
+        is_over,
+    )
 
 
-def stored_in(received: bytes) -> Iterator[tuple[int, str]]:
+def answers_in(received: bytes) -> Iterator[tuple[int, int, str]]:
+    """Command field, status and Affected SOP Instance UID of each."""
     command = b""
     for pdu_type, content in _pdus(received):
         place = 0
@@ -250,8 +264,8 @@ def stored_in(received: bytes) -> Iterator[tuple[int, str]]:
             if control & 2:
                 elements = _elements(command)
                 command = b""
-                if elements.get(0x0100) == struct.pack("<H", STORE_ANSWER):
-                    yield int.from_bytes(elements[0x0900], "little"), elements.get(0x1000, b"").strip(b"\0 ").decode()
+                field, status = (int.from_bytes(elements.get(tag, b""), "little") for tag in (0x0100, 0x0900))
+                yield field, status, elements.get(0x1000, b"").strip(b"\0 ").decode()
 
 
 def _pdus(received: bytes) -> Iterator[tuple[int, bytes]]:
@@ -305,6 +319,7 @@ class Fuzzer:
             state.broken.append(f"the receiver held {state.peak_rss_mb:.0f} MB before case {state.done}")
         state.broken += [fault for fault in self._receiving.faults() if fault not in state.broken]
         self._check_kept(conversations, held)
+        self._check_requests(conversations, held)
 
     def _check_kept(self, conversations: dict[int, Conversation], held: dict[int, Answers]) -> None:
         """Every acknowledged instance lies in the spool with the bytes that were sent; then make room."""
@@ -329,6 +344,31 @@ class Fuzzer:
             spool.settle(path, receipt)
         for study_uid in {receipt.study_uid for _, receipt in receipts}:
             spool.remove_study(study_uid)
+
+    def _check_requests(self, conversations: dict[int, Conversation], held: dict[int, Answers]) -> None:
+        """Every request for storage commitment that was taken is kept as it was sent; then make room."""
+        kept: dict[str, tuple[str, ...]] = {}
+        for path, request in commitment_requests.requests(self._receiving.spool.path):
+            if request is None:
+                self._state.broken.append(f"{path.name}: a request for storage commitment was kept and cannot be read")
+            else:
+                kept[request.transaction_uid] = tuple(one.sop_instance_uid for one in request.references)
+            path.unlink()
+        for number, answers in held.items():
+            conversation = conversations[number]
+            for status in answers.actions:
+                name = f"commitment 0x{status:04X}"
+                self._state.statuses[name] = self._state.statuses.get(name, 0) + 1
+                if status == 0x0213:
+                    self._state.broken.append(f"case {number}: status {name}, and the disk has room")
+            taken = answers.actions.count(0x0000)
+            self._state.requested += taken
+            if conversation.is_intact and taken == conversation.actions:  # of the others nobody knows which
+                for transaction_uid, uids in conversation.asked.items():
+                    if kept.get(transaction_uid) != uids:
+                        self._state.broken.append(
+                            f"case {number}: request {transaction_uid} is not kept as it was sent"
+                        )
 
 
 def case(seed: int, number: int) -> Conversation:
@@ -377,7 +417,8 @@ def main(arguments: list[str]) -> int:
         told["broken"] = len(state.broken)
         if state.done % (BATCH * 10) == 0 or state.done >= options.cases:
             print(  # noqa: T201
-                f"{state.done} of {options.cases} cases, {per_second:.0f}/s; {state.acknowledged} acknowledged; peak "
+                f"{state.done} of {options.cases} cases, {per_second:.0f}/s; {state.acknowledged} acknowledged, "
+                f"{state.requested} commitments requested; peak "
                 f"{state.peak_rss_mb:.0f} MB; association within {state.worst_probe_s:.2f} s at worst, "
                 f"{state.late_probes} of {state.probes} late; load {os.getloadavg()[0]:.1f}; {state.statuses}",
                 flush=True,

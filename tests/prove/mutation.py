@@ -9,7 +9,7 @@ import copy
 import random
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pydicom.uid import (
@@ -21,6 +21,8 @@ from pydicom.uid import (
     JPEG2000Lossless,
 )
 
+from service.commitment_answers import PUSH_MODEL, PUSH_MODEL_INSTANCE
+
 SYNTAXES = (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -29,6 +31,7 @@ SYNTAXES = (
     JPEG2000Lossless,
 )
 VERIFICATION = "1.2.840.10008.1.1"
+COMMITMENT_CONTEXTS = {13: "implicit", 15: "explicit"}  # presentation context -> how a data set is encoded there
 UNDEFINED = 0xFFFFFFFF
 SHORT_VRS = ("UI", "CS", "LO", "PN", "DA", "US", "IS", "DS", "SH", "UL", "AT", "FD", "AE", "TM")
 LONG_VRS = ("OB", "OW", "UN", "UT", "SQ", "OF", "UC", "UR")
@@ -86,9 +89,14 @@ def encode(node: Node) -> bytes:
 
 
 def association(calling_ae: bytes = b"FUZZ", called_ae: bytes = b"MEDPRUNER") -> Node:
-    """An A-ASSOCIATE-RQ: context 1 for C-ECHO, then one for CT in each of SYNTAXES (PS3.8 9.3.2, PS3.7 annex D)."""
+    """An A-ASSOCIATE-RQ: context 1 for C-ECHO, then one for CT in each of SYNTAXES, then two for storage commitment
+    (PS3.8 9.3.2, PS3.7 annex D)."""
     contexts = [_context(1, VERIFICATION, [ImplicitVRLittleEndian])]
     contexts += [_context(3 + 2 * number, CTImageStorage, [syntax]) for number, syntax in enumerate(SYNTAXES)]
+    contexts += [
+        _context(13, PUSH_MODEL, [ImplicitVRLittleEndian]),
+        _context(15, PUSH_MODEL, [ExplicitVRLittleEndian]),
+    ]
     user = [
         Node("item", 0x51, struct.pack(">L", 16382)),
         Node("item", 0x52, b"1.2.826.0.1.3680043.10.9"),
@@ -127,6 +135,35 @@ def echo_command(message_id: int) -> list[Node]:
         _command(0x0110, struct.pack("<H", message_id)),
         _command(0x0800, b"\1\1"),
     ]
+
+
+def action_command(message_id: int) -> list[Node]:
+    """The elements of an N-ACTION-RQ that asks for storage commitment (PS3.7 10.3.5.1, PS3.4 J.3.2)."""
+    return [
+        _command(0x0003, _even(PUSH_MODEL)),
+        _command(0x0100, b"\x30\1"),
+        _command(0x0110, struct.pack("<H", message_id)),
+        _command(0x0800, b"\1\0"),
+        _command(0x1001, _even(PUSH_MODEL_INSTANCE)),
+        _command(0x1008, b"\1\0"),
+    ]
+
+
+def action_information(form: str, transaction_uid: str, uids: Sequence[str]) -> list[Node]:
+    """A request for the commitment of these CT images (PS3.4 table J.3-1)."""
+
+    def element(tag: int, vr: str, value: bytes, children: Sequence[Node] = ()) -> Node:
+        return Node(form, tag, value, list(children), "" if form == "implicit" else vr)
+
+    items = [
+        Node(
+            form,
+            0xFFFEE000,
+            children=[element(0x00081150, "UI", _even(CTImageStorage)), element(0x00081155, "UI", _even(uid))],
+        )
+        for uid in uids
+    ]
+    return [element(0x00081195, "UI", _even(transaction_uid)), element(0x00081199, "SQ", b"", items)]
 
 
 def _command(element: int, value: bytes) -> Node:
@@ -295,6 +332,8 @@ class Conversation:
     content: bytes
     data_sets: tuple[bytes, ...]
     is_intact: bool  # the bytes are those of the trees: what is acknowledged is one of `data_sets`
+    actions: int  # how many requests for storage commitment are in it, whatever became of them
+    asked: dict[str, tuple[str, ...]]  # of those whose data set is as it should be: transaction -> instances
 
 
 def converse(number: int, chance: random.Random) -> Conversation:
@@ -304,13 +343,25 @@ def converse(number: int, chance: random.Random) -> Conversation:
         for _ in range(chance.randint(1, 4)):
             mutate(request, chance)
     pieces = [encode(node) for node in request]
-    data_sets = []
+    data_sets, actions, asked = [], 0, dict[str, tuple[str, ...]]()
     for message_id in range(chance.randint(1, 3)):
+        uid, study_uid = f"1.2.826.0.1.3680043.10.7.{number}.{message_id}", f"1.2.826.0.1.3680043.10.7.{number % 50}"
         if chance.random() < 0.1:
             pieces += _fragments(_command_set(_mutated(echo_command(message_id), chance)), 1, True, chance)
             continue
+        if chance.random() < 0.15:
+            context_id, form = chance.choice(sorted(COMMITMENT_CONTEXTS.items()))
+            uids = tuple(f"{uid}.{place}" for place in range(chance.choice([1, 2, 50])))
+            information = action_information(form, uid, uids)
+            valid = b"".join(encode(node) for node in information)
+            content = b"".join(encode(node) for node in _mutated(information, chance))
+            actions += 1
+            if content == valid:
+                asked[uid] = uids
+            pieces += _fragments(_command_set(_mutated(action_command(message_id), chance)), context_id, True, chance)
+            pieces += _fragments(content, context_id, False, chance)
+            continue
         which = chance.randrange(len(SYNTAXES))
-        uid, study_uid = f"1.2.826.0.1.3680043.10.7.{number}.{message_id}", f"1.2.826.0.1.3680043.10.7.{number % 50}"
         form = {ImplicitVRLittleEndian: "implicit", ExplicitVRBigEndian: "big"}.get(SYNTAXES[which], "explicit")
         encapsulated = SYNTAXES[which] == JPEG2000Lossless
         elements = data_set(form, study_uid, uid, long_header=chance.random() < 0.1, encapsulated=encapsulated)
@@ -327,7 +378,7 @@ def converse(number: int, chance: random.Random) -> Conversation:
     if chance.random() < 0.3:
         is_intact = False
         pieces = _spoiled(pieces, chance)
-    return Conversation(b"".join(pieces), tuple(data_sets), is_intact)
+    return Conversation(b"".join(pieces), tuple(data_sets), is_intact, actions, asked)
 
 
 def _mutated(nodes: list[Node], chance: random.Random) -> list[Node]:
