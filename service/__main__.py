@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -131,20 +132,38 @@ def serve(
 
 
 def _serve_all(settings: Settings, config: Path | None, stop: Event, *, with_worker: bool) -> None:
-    """Every role under one supervisor; the database is upgraded first."""
+    """Every role under one supervisor; the receiver at once, the others when the database is there and upgraded."""
     try:
         wanted = supervisor.commands(settings, config, with_worker=with_worker)
     except NoRedisServer as error:
         raise _fail(str(error)) from error
-    sessions = _upgraded(settings, stop)
+    ready = Event()
+    with ThreadPoolExecutor(1) as pool:
+        upgraded = pool.submit(_made_ready, settings, stop, ready)
+        try:
+            supervisor.supervise(wanted, stop, ready)
+        finally:
+            stop.set()
+    sessions = upgraded.result()
     if sessions is None:
         return
-    _note(sessions, AuditKind.SERVICE_STARTED)
-    log.info("serving", ae_title=settings.scp.ae_title, host=settings.scp.host, port=settings.scp.port)
-    supervisor.supervise(wanted, stop)
     if with_worker:
         dispatch.hand_back_of_the_dead(sessions, settings.data.path, datetime.now(UTC))
     _note(sessions, AuditKind.SERVICE_STOPPED)
+
+
+def _made_ready(settings: Settings, stop: Event, ready: Event) -> sessionmaker[Session] | None:
+    """As _upgraded, and sets `ready`; a database that cannot be upgraded ends everything."""
+    try:
+        sessions = _upgraded(settings, stop)
+        if sessions is not None:
+            _note(sessions, AuditKind.SERVICE_STARTED)
+            log.info("serving", ae_title=settings.scp.ae_title, host=settings.scp.host, port=settings.scp.port)
+            ready.set()
+    except BaseException:
+        stop.set()
+        raise
+    return sessions
 
 
 def _receive(settings: Settings, stop: Event) -> None:

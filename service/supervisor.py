@@ -19,7 +19,7 @@ from service.broker import redis_command
 from service.shared.settings import Settings
 
 ROLES = ("receive", "ingest", "dispatch", "deliver", "web")
-QUEUE = "redis"
+RECEIVER, QUEUE = "receive", "redis"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 4.0
 SETTLED_S = 30.0  # a process that lived this long starts again at once
@@ -57,13 +57,17 @@ def _program(role: str) -> list[str]:
     return ["service.receive"] if role == "receive" else ["service", "serve", "--role", role]
 
 
-def supervise(wanted: list[tuple[str, list[str]]], stop: Event) -> None:
-    """Keep all commands running until `stop`, then end them all, the queue last."""
+def supervise(wanted: list[tuple[str, list[str]]], stop: Event, ready: Event | None = None) -> None:
+    """Keep all commands running until `stop`, then end them all, the queue last.
+
+    ready: set once the database can be used. Before, only the receiver runs, which needs none.
+    """
     supervised = [Supervised(name, command) for name, command in wanted]
     try:
         while not stop.is_set():
             for one in supervised:
-                _keep(one, time.monotonic())
+                if one.name == RECEIVER or ready is None or ready.is_set():
+                    _keep(one, time.monotonic())
             stop.wait(0.2)
     finally:
         last = [one for one in supervised if one.name == QUEUE]

@@ -211,7 +211,7 @@ class Service:
 
     # --- life ---
 
-    def start(self) -> Self:
+    def start(self, *, with_database: bool = True) -> Self:
         """Start it and return once the receiver listens and the database is there."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -222,7 +222,8 @@ class Service:
                 stderr=log,
                 env=self._environment(),
             )
-        wait_for(self._is_up, f"the service listens; its log: {self.log}", PATIENCE_S)
+        is_up = self.is_up if with_database else self._listens
+        wait_for(is_up, f"the service listens; its log: {self.log}", PATIENCE_S)
         return self
 
     @property
@@ -402,10 +403,14 @@ class Service:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("MEDPRUNER")}
         return kept | {MARK: self._mark, "OMP_NUM_THREADS": "1"}
 
-    def _is_up(self) -> bool:
+    def _listens(self) -> bool:
         if self._process is not None and self._process.poll() is not None:
             raise RuntimeError(f"ended with {self._process.returncode}:\n{self.log_text()}")
-        if not listens(self.port):
+        return listens(self.port)
+
+    def is_up(self) -> bool:
+        """The receiver listens, and the database is there and of this version."""
+        if not self._listens():
             return False
         with contextlib.suppress(DBAPIError):
             return schema.is_current(self._engine)

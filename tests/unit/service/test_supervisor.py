@@ -209,6 +209,25 @@ def test_killed_process_comes_back_and_all_end_together(tmp_path: Path) -> None:
     assert not any(is_alive(pid) for name in ("first", "second") for pid in started(name))
 
 
+def test_receiver_waits_for_no_database(tmp_path: Path) -> None:
+    """Senders find it while the database is away; the others start when that is ready."""
+    wanted = [
+        (name, ["/bin/sh", "-c", f"echo up > {tmp_path / name}; exec sleep 600"]) for name in ("ingest", "receive")
+    ]
+    stop, ready = Event(), Event()
+    loop = Thread(target=supervise, args=(wanted, stop, ready), daemon=True)
+    loop.start()
+    wait_until((tmp_path / "receive").exists)
+    assert not (tmp_path / "ingest").exists()
+
+    ready.set()
+    wait_until((tmp_path / "ingest").exists)
+
+    stop.set()
+    loop.join(20)
+    assert not loop.is_alive()
+
+
 def test_command_that_cannot_be_run_ends_everything(tmp_path: Path) -> None:
     """An installation that is not whole is said at once, and nothing is left running."""
     note = tmp_path / "pid"
