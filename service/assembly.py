@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from threading import Event
 
 import structlog
 from pydicom import Dataset, dcmread
+from pydicom.filereader import read_dataset
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 from sqlalchemy import select
 from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
@@ -31,7 +35,7 @@ from service.shared.db import Instance, Result, Study, StudyHeader, StudyState
 from service.shared.durable import digest
 from service.shared.log import explain_exception
 from service.shared.settings import Settings, for_route, routes
-from service.spool import Receipt, ReceiptError, Spool, key
+from service.spool import Receipt, ReceiptError, Spool, key, open_data_set
 
 ACTOR = "service/ingest"
 BATCH = 100  # receipts per transaction
@@ -51,6 +55,8 @@ HEADER = (
     "Rows",
     "ContributingEquipmentSequence",
 )
+
+HEADER_TAGS = sorted(Tag(keyword) for keyword in HEADER)
 
 IDENTITY = ("patient_id", "issuer_of_patient_id", "patient_name", "patient_birth_date")  # columns of StudyHeader
 MAX_DEVICES = 100  # contributing equipment that is compared with ours; more is no real object
@@ -80,7 +86,8 @@ def are_different(one: Patient, other: Patient) -> bool:
         if one.issuer and other.issuer and one.issuer != other.issuer:
             return True
         return one.patient_id != other.patient_id
-    return any(a and b and a != b for a, b in ((one.name, other.name), (one.birth_date, other.birth_date)))
+    names, birth_dates = (one.name.upper(), other.name.upper()), (one.birth_date, other.birth_date)
+    return any(a and b and a != b for a, b in (names, birth_dates))
 
 
 def why_complete(
@@ -117,21 +124,21 @@ def ingest_for_ever(settings: Settings, sessions: sessionmaker[Session], spool: 
     with _only_one(spool.path, stop):
         rebuilt = False
         while not stop.is_set():
-            now, done = datetime.now(UTC), 0
+            now, begun = datetime.now(UTC), time.monotonic()
             try:
                 if not rebuilt:
                     rebuild(settings, sessions, spool, now)
                     rebuilt = True
                 asked = list(commitment_requests.requests(spool.path))  # before: so what they name is in the rows after
-                done = ingest(settings, sessions, spool, now)
+                ingest(settings, sessions, spool, now)
                 complete_quiet(settings, sessions, spool, now)
                 custody.decide(asked, sessions, spool, now)
             except (OperationalError, InterfaceError) as error:
                 log.error("database_unreachable", error=type(error).__name__, remedy="see [database] url")
             except Exception as error:  # noqa: BLE001  # this loop must live; what went wrong is logged and tried again
                 log.error("ingest_fault", error=explain_exception(error))
-            if not done:
-                stop.wait(min(settings.assembly.sweep_s, 1.0))
+            # also while instances arrive: taking in many at a time leaves processors and disk to the receiver
+            stop.wait(max(0.0, begun + min(settings.assembly.sweep_s, 1.0) - time.monotonic()))
 
 
 def ingest(settings: Settings, sessions: sessionmaker[Session], spool: Spool, now: datetime) -> int:
@@ -309,7 +316,7 @@ def _take_one(
         return AuditKind.INSTANCES_RECEIVED_AGAIN
     is_conflicting = bool(digests)
     digests.append(receipt.sha256)
-    header = _header(spool.path / receipt.path)
+    header = _header(spool.path / receipt.path, receipt.transfer_syntax_uid)
     own = receipt.sop_instance_uid in known.results or _is_from_own_device(session, header)
     is_image = receipt.modality in modalities and "Rows" in header and not own
     if is_image:
@@ -371,11 +378,10 @@ def _study(session: Session, known: _Known, receipt: Receipt, now: datetime, *, 
 def _open(session: Session, known: _Known, study: Study, header: Dataset, receipt: Receipt, now: datetime) -> None:
     """An image instance: compare its patient with the study's, open the study, move its clock."""
     present = known.headers.get(study.id)
-    arrived = _study_header(study.id, header, salt=secrets.token_hex(16))
     if present is None:
-        session.add(arrived)
-        known.headers[study.id] = arrived
-    elif are_different(_patient(present), _patient(arrived)):
+        present = known.headers[study.id] = _study_header(study.id, header, salt=secrets.token_hex(16))
+        session.add(present)
+    elif are_different(_patient(present), arrived := _patient_of(header)):
         if not study.patient_mismatch:
             study.patient_mismatch = True
             audit.append(session, AuditKind.PATIENT_MISMATCH, now=now, actor=ACTOR, study_id=study.id)
@@ -390,23 +396,26 @@ def _open(session: Session, known: _Known, study: Study, header: Dataset, receip
             vouches_sha256=vouch_for_header(present),
         )
     if study.state is not StudyState.RECEIVING:
-        vouches_sha256 = vouch_for_header(present or arrived)
-        transitions.open_study(session, study, now=now, actor=ACTOR, vouches_sha256=vouches_sha256)
+        transitions.open_study(session, study, now=now, actor=ACTOR, vouches_sha256=vouch_for_header(present))
         log.info("study_opened", study_id=study.id, revision=study.revision, calling_ae=receipt.calling_ae)
     if study.last_image_at is None or receipt.received_at > study.last_image_at:
         study.last_image_at = receipt.received_at
         study.calling_ae = receipt.calling_ae
 
 
-def _fill_in(present: StudyHeader, arrived: StudyHeader) -> bool:
+def _fill_in(present: StudyHeader, arrived: Patient) -> bool:
     """Let a later instance say who the patient is where earlier ones were silent; whether anything was filled in.
 
     Else two instances that each contradict only the other would both agree with the silent first one.
     """
-    silent = [name for name in IDENTITY if not getattr(present, name) and getattr(arrived, name)]
-    for name in silent:
-        setattr(present, name, getattr(arrived, name))
-    return bool(silent)
+    filled = False
+    for column, value in zip(
+        IDENTITY, (arrived.patient_id, arrived.issuer, arrived.name, arrived.birth_date), strict=True
+    ):
+        if value and not getattr(present, column):
+            setattr(present, column, value)
+            filled = True
+    return filled
 
 
 def vouch_for_header(header: StudyHeader) -> str:
@@ -433,16 +442,24 @@ def _study_header(study_id: int, header: Dataset, *, salt: str) -> StudyHeader:
 
 
 def _patient(header: StudyHeader) -> Patient:
+    return Patient(header.patient_id, header.issuer_of_patient_id, header.patient_name, header.patient_birth_date)
+
+
+def _patient_of(header: Dataset) -> Patient:
     return Patient(
-        header.patient_id, header.issuer_of_patient_id, header.patient_name.upper(), header.patient_birth_date
+        _text(header, "PatientID"),
+        _text(header, "IssuerOfPatientID"),
+        _text(header, "PatientName"),
+        _text(header, "PatientBirthDate"),
     )
 
 
 def _is_from_own_device(session: Session, header: Dataset) -> bool:
     """One of our results came back under another UID: the device that says it contributed is one of ours."""
     devices = _devices(header)
-    known = select(Result.id).where(Result.device_uid.in_(devices)).limit(1)
-    return bool(devices) and session.scalar(known) is not None
+    if not devices:
+        return False
+    return session.scalar(select(Result.id).where(Result.device_uid.in_(devices)).limit(1)) is not None
 
 
 def _devices(header: Dataset) -> list[str]:
@@ -455,13 +472,26 @@ def _devices(header: Dataset) -> list[str]:
     return [uid for uid in found if uid][:MAX_DEVICES]
 
 
-def _header(path: Path) -> Dataset:
+def _header(path: Path, transfer_syntax_uid: str) -> Dataset:
     """The attributes ingest looks at; empty when unreadable, for the instance was acknowledged all the same."""
     try:
-        return dcmread(path, specific_tags=list(HEADER), stop_before_pixels=True, force=True)
+        if transfer_syntax_uid == DeflatedExplicitVRLittleEndian:
+            return dcmread(path, specific_tags=list(HEADER), stop_before_pixels=True, force=True)
+        with open_data_set(path) as stream:  # what its file meta information says, the receipt says too
+            return read_dataset(
+                stream,
+                is_implicit_VR=transfer_syntax_uid == ImplicitVRLittleEndian,
+                is_little_endian=transfer_syntax_uid != ExplicitVRBigEndian,
+                stop_when=_is_past_the_header,
+                specific_tags=list(HEADER_TAGS),
+            )
     except Exception as error:  # noqa: BLE001  # pydicom raises whatever a broken header makes it raise
         log.warning("header_unreadable", file=path.name, error=explain_exception(error))
         return Dataset()
+
+
+def _is_past_the_header(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+    return bool(tag > HEADER_TAGS[-1])
 
 
 def _text(header: Dataset, keyword: str) -> str:

@@ -549,7 +549,6 @@ class Receiver:
             calling_ae=peer.calling_ae,
             study_key=study_key,
             size_bytes=receipt.size_bytes,
-            duplicate=receipt.duplicate,
         )
         return verdict
 

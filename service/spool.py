@@ -16,8 +16,9 @@ padded with spaces, under our (0002,0100) Private Information Creator UID. The d
 Order of writing (each step may be the last one before a kill or a power cut):
 1. the slot's name is durable, long before (slots.py);
 2. header without receipt, data set, receipt over its place, one flush of this file: now it is durable as a whole;
-3. it is linked under studies/, and renamed within incoming/; neither is flushed. Success is answered.
-4. ingest flushes the folders under studies/ (`place`), commits the rows, and only then removes the name in incoming/.
+3. it is renamed within incoming/, which is not flushed. Success is answered.
+4. ingest links it under studies/ and flushes the folders there (`place`), commits the rows, and only then removes the
+   name in incoming/.
 A starting receiver adopts every slot whose receipt fits its content, and removes the others: they were never answered.
 A file under studies/ with a second name waits for ingest still.
 
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
 from pydantic import AwareDatetime, ConfigDict, TypeAdapter, ValidationError
+from pydicom import dcmread
 
 from service.shared.durable import sync_folder, write_durably
 from service.slots import SUFFIX, Slots
@@ -91,19 +93,14 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt(Arrival):
-    """One acknowledged C-STORE. `sha256` and `size_bytes` are those of the data set as it was received.
-
-    `duplicate` says that the same bytes had been acknowledged before and no second copy was written. It may
-    be false for a duplicate (after a restart), never true for the first: its row decides what is new.
-    """
+    """One acknowledged C-STORE. `sha256` and `size_bytes` are those of the data set as it was received."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
     received_at: AwareDatetime  # UTC
     sha256: str
     size_bytes: int
-    path: str  # relative to the spool
-    duplicate: bool
+    path: str  # relative to the spool, from when it is placed
 
     def to_json(self) -> bytes:
         content = {name: getattr(self, name) for name in _RECEIPT_FIELDS}
@@ -111,8 +108,11 @@ class Receipt(Arrival):
 
     @classmethod
     def from_json(cls, content: bytes) -> Receipt:
-        """Read what to_json wrote; ReceiptError for another version or anything not understood."""
-        receipt = _parse(_RECEIPT, content)
+        """Read what to_json wrote; ReceiptError for another version or anything not understood.
+
+        Older receipts have one field more: "duplicate", which their rows knew better.
+        """
+        receipt = _parse(_RECEIPT, content, no_longer=("duplicate",))
         parts = receipt.path.split("/")
         if len(parts) != 3 or parts[0] != "studies" or ".." in parts or not receipt.path.endswith(".dcm"):
             raise ReceiptError("its path does not lie under studies/")
@@ -243,27 +243,18 @@ class Spool:
         try again.
         """
         digest = draft.digest()
-        stem = f"{key(arrival.study_uid)}/{key(arrival.sop_instance_uid)}-{digest[:KEY_LENGTH]}"
-        path = f"{self._studies}/{stem}.dcm"  # no Path where every instance passes: they are slow to make
-        present = _data_set_bytes(path)
+        name = f"{key(arrival.sop_instance_uid)}-{digest[:KEY_LENGTH]}.dcm"
         receipt = Receipt(
             **{name: getattr(arrival, name) for name in _ARRIVAL_FIELDS},
             received_at=received_at,
             sha256=digest,
             size_bytes=draft.size_bytes,
-            path=f"studies/{stem}.dcm",
-            duplicate=present == draft.size_bytes and _has_receipt(path),
+            path=f"studies/{key(arrival.study_uid)}/{name}",
         )
-        linked = False
         try:
             draft.finish(receipt.to_json())
-            if present != draft.size_bytes:
-                self._link(draft.path, path)
-                linked = True
             draft.kept_as(f"{self._incoming}/{self._next_name(received_at)}")
         except OSError as error:
-            if linked:
-                Path(path).unlink(missing_ok=True)
             raise self._meant(error) from error
         finally:
             draft.discard()
@@ -320,7 +311,7 @@ class Spool:
             raise
 
     def place(self, receipts: Iterable[tuple[Path, Receipt]]) -> None:
-        """Make the names of these instances under studies/ durable: before their rows are committed.
+        """Give these instances their names under studies/, and make them durable: before their rows are committed.
 
         Safe to repeat. OSError for a fault of the disk; the names in incoming/ stay until `settle`.
         """
@@ -379,11 +370,11 @@ class Spool:
                 yield found
 
     def instances(self, study_uid: str) -> list[Path]:
-        """Every instance of the study that lies here, whether ingest has taken it or not."""
+        """Every instance of the study that was placed here; what waits for ingest alone is not among them."""
         return _files(self._studies / key(study_uid))
 
     def set_aside_of(self, study_uid: str) -> list[Path]:
-        """What lies in unusable/ and is of the study, as far as its receipt or its other name says."""
+        """What lies in unusable/ and is of the study, as far as its receipt, its other name or its data set says."""
         inodes = {path.stat().st_ino for path in self.instances(study_uid)}
         return [
             path for path in self._unusable.iterdir() if path.stat().st_ino in inodes or self._is_of(path, study_uid)
@@ -454,15 +445,17 @@ class Spool:
     def _is_of(self, path: Path, study_uid: str) -> bool:
         try:
             return self.read(path).study_uid == study_uid
-        except (ReceiptError, FileNotFoundError):
+        except FileNotFoundError:
             return False
+        except ReceiptError:
+            return _study_uid(path) == study_uid
 
-    def _link(self, source: Path, target: Path | str) -> None:
+    def _link(self, source: Path, target: Path) -> None:
         """A second name for a durable instance, instead of whatever damaged copy has that name."""
         try:
             os.link(source, target)
         except FileNotFoundError:  # the first of its study, or retention removed the empty folder
-            Path(target).parent.mkdir(mode=0o700, exist_ok=True)
+            target.parent.mkdir(mode=0o700, exist_ok=True)
             os.link(source, target)
         except FileExistsError:
             if _data_set_bytes(target) != _data_set_bytes(source):
@@ -480,7 +473,6 @@ class Spool:
             return False
         with slot.open("rb") as stream:
             os.fsync(stream.fileno())  # what was killed may have come as far as its flush, or not
-        self._link(slot, self.path / receipt.path)
         slot.rename(self._incoming / self._next_name(receipt.received_at))
         return True
 
@@ -584,6 +576,13 @@ def file_header(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: 
     return bytes(128) + b"DICM" + struct.pack("<HH2sHL", 0x0002, 0x0000, b"UL", 4, len(elements)) + elements
 
 
+def open_data_set(path: Path) -> BinaryIO:
+    """An instance, from the beginning of its data set on; the caller closes it."""
+    stream = path.open("rb")
+    stream.seek(len(_header_of(path)))
+    return stream
+
+
 def remove_instance(path: Path) -> None:
     """The instance goes before a receipt beside it, so that a removal cut short can be finished."""
     path.unlink(missing_ok=True)
@@ -608,7 +607,7 @@ _ALWAYS_THE_SAME = b"".join(
 )
 
 
-def _parse(adapter: TypeAdapter[T], content: bytes) -> T:
+def _parse(adapter: TypeAdapter[T], content: bytes, no_longer: Iterable[str] = ()) -> T:
     try:
         fields: Any = json.loads(content)
     except ValueError as error:
@@ -616,6 +615,8 @@ def _parse(adapter: TypeAdapter[T], content: bytes) -> T:
     version = fields.pop("version", None) if isinstance(fields, dict) else None
     if version != RECEIPT_VERSION:
         raise ReceiptError(f"version {version!r} is not known here, only {RECEIPT_VERSION}")
+    for name in no_longer:
+        fields.pop(name, None)
     try:
         return adapter.validate_json(json.dumps(fields))
     except ValidationError as error:
@@ -685,6 +686,14 @@ def _data_set_digest(path: Path) -> tuple[str, int]:
         stream.seek(len(_header_of(path)))
         content = file_digest(stream, "sha256").hexdigest()
         return content, stream.tell() - len(_header_of(path))
+
+
+def _study_uid(path: Path) -> str | None:
+    """As the data set says; None where it cannot be read."""
+    try:
+        return str(dcmread(path, specific_tags=["StudyInstanceUID"], stop_before_pixels=True).StudyInstanceUID)
+    except Exception:  # noqa: BLE001  # pydicom raises whatever the bytes lead it to
+        return None
 
 
 def _create(path: Path, content: bytes) -> None:

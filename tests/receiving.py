@@ -197,7 +197,15 @@ def send_instance(association: Association, dataset: Dataset) -> int | None:
 
 
 def receipts(spool: Spool) -> list[Receipt]:
+    """Of what waits for ingest, in order of arrival."""
     return [spool.read(path) for path in spool.incoming()]
+
+
+def place(spool: Spool) -> list[Receipt]:
+    """The same, after what waits has its names under studies/: the first thing that ingest does."""
+    waiting = [(path, spool.read(path)) for path in spool.incoming()]
+    spool.place(waiting)
+    return [receipt for _, receipt in waiting]
 
 
 def data_set_bytes(path: Path) -> bytes:
@@ -224,13 +232,13 @@ def rewrite_receipt(path: Path, change: Callable[[str], str]) -> None:
 def as_version_0_1(spool: Spool, waiting: Path) -> Path:
     """Turn an instance that waits into what version 0.1 left: the receipt in a file of its own, which is returned."""
     receipt, instance_path = spool.read(waiting), spool.path / spool.read(waiting).path
-    content = instance_path.read_bytes()
-    end = len(content) - len(data_set_bytes(instance_path))
+    content = waiting.read_bytes()
+    end = len(content) - len(data_set_bytes(waiting))
     elements = content[144 : content.index(struct.pack("<HH2s", 0x0002, 0x0100, b"UI"))]
-    instance_path.unlink()
+    instance_path.parent.mkdir(exist_ok=True)
     instance_path.write_bytes(content[:140] + struct.pack("<L", len(elements)) + elements + content[end:])
     beside = waiting.with_suffix(".json")
-    beside.write_bytes(receipt.to_json())
+    beside.write_bytes(receipt.to_json().replace(b'{"version": 1,', b'{"version": 1, "duplicate": false,'))
     waiting.unlink()
     return beside
 

@@ -23,7 +23,7 @@ from service import sender
 from service.receiver import TRANSFER_SYNTAXES
 from service.shared.settings import SourceSettings
 from service.spool import file_header
-from tests.receiving import SENDER, Running, compressed, data_set_bytes, encode, instance, receipts, running
+from tests.receiving import SENDER, Running, compressed, data_set_bytes, encode, instance, place, running
 from tests.running import listens
 from tests.servers import Modality, Orthanc, Server, dcmsend, find_program, free_port, storescu
 
@@ -90,7 +90,7 @@ def stored(receiver: Running) -> dict[tuple[str, str], bytes]:
     """By SOP Instance UID and transfer syntax, what lies in the spool."""
     return {
         (receipt.sop_instance_uid, receipt.transfer_syntax_uid): data_set_bytes(receiver.spool.path / receipt.path)
-        for receipt in receipts(receiver.spool)
+        for receipt in place(receiver.spool)
     }
 
 

@@ -27,6 +27,7 @@ from tests.receiving import (
     data_set_bytes,
     encode,
     instance,
+    place,
     receipts,
     running,
     send_instance,
@@ -85,7 +86,7 @@ def test_pynetdicom_stores_over_tls(receiver: Running, ca: Pair, client: Pair) -
     with capture_logs() as lines:
         assert send_over_tls(receiver.port, context) == 0x0000
 
-    (receipt,) = receipts(receiver.spool)
+    (receipt,) = place(receiver.spool)
     assert data_set_bytes(receiver.spool.path / receipt.path) == encode(instance(1))
     (opened,) = [line for line in lines if line["event"] == "association_opened"]
     assert (opened["tls"], opened["certificate_name"]) == (True, "CT01")

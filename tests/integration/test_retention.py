@@ -27,6 +27,7 @@ from service.shared.db import (
 )
 from service.shared.study_cache import cache_folder
 from service.spool import Arrival, OpenAssociation, Spool, key
+from tests.receiving import place
 from tests.rows import (
     ACTOR,
     NOW,
@@ -79,6 +80,7 @@ def file_instance(
         association_id="0" * 32,
     )
     receipt = spool.store(arrival, f"{SECRET} {sop_instance_uid}".encode(), NOW)
+    place(spool)
     if settled:
         add_instance(sessions, study_id, sop_instance_uid=sop_instance_uid, sha256=receipt.sha256, path=receipt.path)
         (waiting,) = spool.incoming()

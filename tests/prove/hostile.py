@@ -325,6 +325,7 @@ class Fuzzer:
         """Every acknowledged instance lies in the spool with the bytes that were sent; then make room."""
         spool = self._receiving.spool
         receipts = [(path, spool.read(path)) for path in spool.incoming()]
+        spool.place(receipts)
         by_uid: dict[str, list[Receipt]] = {}
         for _, receipt in receipts:
             by_uid.setdefault(receipt.sop_instance_uid, []).append(receipt)

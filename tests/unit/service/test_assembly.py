@@ -33,13 +33,14 @@ from service import assembly
 from service.assembly import Patient, are_different, vouch_for_header, why_complete
 from service.shared.db import Analysis, AnalysisState, Instance, Study, StudyHeader, StudyState
 from service.shared.settings import Settings
-from service.spool import Arrival, OpenAssociation, Receipt, Spool, key
+from service.spool import Arrival, OpenAssociation, Receipt, Spool, file_header, key
 from tests.receiving import (
     STUDY_UID,
     as_version_0_1,
     data_set_bytes,
     encode,
     instance,
+    place,
     rewrite_receipt,
     wait_until,
 )
@@ -317,6 +318,7 @@ def test_same_bytes_twice_in_one_batch_are_one_row(sqlite_way: Way) -> None:
 def test_receipt_that_was_not_settled_is_ingested_again_harmlessly(sqlite_way: Way) -> None:
     """Killed between the commit and the settling: the second time finds the row."""
     receipt = sqlite_way.arrive(instance(1))
+    place(sqlite_way.spool)
     with sqlite_way.sessions.begin() as session:
         assembly.take(session, SETTINGS, sqlite_way.spool, [receipt], NOW, held=False)
 
@@ -497,8 +499,8 @@ def test_nonsense_under_contributing_equipment_is_survived(sqlite_way: Way, vr: 
     nonsense = b"\x18\x00\x01\xa0" + vr.encode() + (b"\0\0" if vr in ("UN", "OB") else b"")
     nonsense += (8).to_bytes(4 if vr in ("UN", "OB") else 2, "little") + b"nonsense"
     place = content.index(b"\x20\x00\x0d\x00")  # the next group of the data set
-    receipt = sqlite_way.arrive(dataset)
-    path = sqlite_way.spool.path / receipt.path
+    sqlite_way.arrive(dataset)
+    (path,) = sqlite_way.spool.incoming()
     stored = path.read_bytes()
     path.write_bytes(stored[: -len(content)] + content[:place] + nonsense + content[place:])
 
@@ -684,10 +686,10 @@ def test_instances_of_version_0_1_are_ingested(sqlite_way: Way) -> None:
     assert assembly.rebuild(SETTINGS, sqlite_way.sessions, sqlite_way.spool, NOW) == 2
 
 
-def test_name_lost_in_a_power_cut_is_made_again_before_the_row(sqlite_way: Way) -> None:
-    """The instance waits under its durable name; its row promises the other one."""
+def test_name_that_a_row_promises_is_there_before_it(sqlite_way: Way) -> None:
+    """The instance waits under another name, which its receiver gave it."""
     receipt = sqlite_way.arrive(instance(1))
-    (sqlite_way.spool.path / receipt.path).unlink()
+    assert not (sqlite_way.spool.path / receipt.path).exists()
 
     assert sqlite_way.ingest() == 1
     assert (sqlite_way.spool.path / receipt.path).is_file()
@@ -697,7 +699,7 @@ def test_name_lost_in_a_power_cut_is_made_again_before_the_row(sqlite_way: Way) 
 def test_instance_whose_header_cannot_be_read_is_on_record(sqlite_way: Way) -> None:
     """It was acknowledged; it opens nothing."""
     receipt = sqlite_way.arrive(instance(1))
-    path = sqlite_way.spool.path / receipt.path
+    (path,) = sqlite_way.spool.incoming()
     path.write_bytes(path.read_bytes().replace(data_set_bytes(path), b"\xff" * receipt.size_bytes))
 
     sqlite_way.ingest()
@@ -718,8 +720,8 @@ def test_instance_whose_header_cannot_be_read_is_on_record(sqlite_way: Way) -> N
 def test_name_that_cannot_be_decoded_is_kept_as_well_as_it_can_be(way: Way, charset: bytes, name: bytes) -> None:
     """No byte of a sender may stop ingest, and both databases can keep what comes out."""
     dataset = changed(instance(1), SpecificCharacterSet="X" * 20, PatientName="N" * 20)
-    receipt = way.arrive(dataset)
-    path = way.spool.path / receipt.path
+    way.arrive(dataset)
+    (path,) = way.spool.incoming()
     content = path.read_bytes().replace(b"X" * 20, charset.ljust(20)).replace(b"N" * 20, name.ljust(20))
     path.write_bytes(content)
 
@@ -751,9 +753,10 @@ def test_no_header_stops_ingest(
     place = data.draw(st.integers(0, len(content) - len(rubbish)))
     content[place : place + len(rubbish)] = rubbish
     path = tmp_path_factory.getbasetemp() / "rubbish.dcm"
-    path.write_bytes(bytes(128) + b"DICM" + content)
+    path.write_bytes(file_header(CTImageStorage, "1.2.3", ExplicitVRLittleEndian) + content)
 
-    header = assembly._header(path)
+    header = assembly._header(path, ExplicitVRLittleEndian)
+    assembly._patient_of(header)
     row = assembly._study_header(1, header, salt="")
 
     assembly._devices(header)

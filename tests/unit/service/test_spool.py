@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -16,7 +17,16 @@ import pytest
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from service.spool import Arrival, NoSpace, OpenAssociation, Receipt, ReceiptError, Spool, SpoolInUse, key
-from tests.receiving import STUDY_UID, as_version_0_1, data_set_bytes, encode, instance, rewrite_receipt, wait_until
+from tests.receiving import (
+    STUDY_UID,
+    as_version_0_1,
+    data_set_bytes,
+    encode,
+    instance,
+    place,
+    rewrite_receipt,
+    wait_until,
+)
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
@@ -59,7 +69,7 @@ def test_instance_is_a_part_10_file_with_the_received_bytes_in_it(spool: Spool) 
 
     receipt = spool.store(arrival(1), sent, NOW)
 
-    path = spool.path / receipt.path
+    (path,) = spool.incoming()
     assert data_set_bytes(path) == sent
     assert receipt.sha256 == sha256(sent).hexdigest()
     assert receipt.size_bytes == len(sent)
@@ -101,7 +111,7 @@ def test_receipt_survives_json(spool: Spool) -> None:
         lambda text: text.replace('"version": 1', '"version": 2'),
         lambda text: text.replace('"version": 1,', ""),
         lambda text: text.replace('"modality"', '"modalities"'),
-        lambda text: text.replace('"duplicate": false', '"duplicate": "no"'),
+        lambda text: re.sub(r'"size_bytes": \d+', '"size_bytes": "no"', text),
         lambda text: text.replace('"studies/', '"../studies/'),
         lambda text: text.replace("+00:00", ""),
         lambda text: "[1]",
@@ -121,34 +131,15 @@ def test_receipt_that_is_not_understood_is_refused_by_name(spool: Spool, change:
 
 
 def test_same_bytes_again_make_no_second_copy(spool: Spool) -> None:
-    """An identical re-send is acknowledged as a duplicate and writes no instance."""
+    """An identical re-send is acknowledged; of two copies that wait, one is kept."""
     first = spool.store(arrival(), encode(instance()), NOW)
     again = spool.store(arrival(), encode(instance()), NOW)
 
-    assert (first.duplicate, again.duplicate) == (False, True)
     assert again.path == first.path
-    assert len(spool.instances(STUDY_UID)) == 1
-
-
-def test_duplicate_is_known_after_its_receipt_was_settled_and_the_receiver_restarted(spool: Spool) -> None:
-    """The receipt beside the instance tells that it is acknowledged already."""
-    spool.store(arrival(), encode(instance()), NOW)
-    path = spool.incoming()[0]
-    spool.settle(path, spool.read(path))
-
-    again = Spool(spool.path, 0).store(arrival(), encode(instance()), NOW)
-
-    assert again.duplicate
-
-
-def test_instance_without_a_receipt_is_not_taken_for_a_duplicate(spool: Spool) -> None:
-    """What a killed receiver of version 0.1 left unacknowledged counts as new when it is sent again."""
-    spool.store(arrival(), encode(instance()), NOW)
-    as_version_0_1(spool, spool.incoming()[0]).unlink()
-
-    again = spool.store(arrival(), encode(instance()), NOW)
-
-    assert not again.duplicate
+    place(spool)
+    for path in spool.incoming():
+        spool.settle(path, spool.read(path))
+    assert len(spool.instances(STUDY_UID)) == len(list(spool.settled())) == 1
 
 
 def test_other_bytes_under_the_same_uid_are_kept_beside_the_first(spool: Spool) -> None:
@@ -158,7 +149,7 @@ def test_other_bytes_under_the_same_uid_are_kept_beside_the_first(spool: Spool) 
     first = spool.store(arrival(), encode(instance()), NOW)
     second = spool.store(arrival(), encode(changed), NOW)
 
-    assert not second.duplicate
+    place(spool)
     assert data_set_bytes(spool.path / first.path) == encode(instance())
     assert data_set_bytes(spool.path / second.path) == encode(changed)
 
@@ -166,10 +157,13 @@ def test_other_bytes_under_the_same_uid_are_kept_beside_the_first(spool: Spool) 
 def test_damaged_copy_is_replaced_when_the_instance_is_sent_again(spool: Spool) -> None:
     """A file of another length than the one received is not taken for it."""
     receipt = spool.store(arrival(), encode(instance()), NOW)
+    place(spool)
+    spool.incoming()[0].unlink()
     path = spool.path / receipt.path
     path.write_bytes(path.read_bytes()[:-10])
 
     spool.store(arrival(), encode(instance()), NOW)
+    place(spool)
 
     assert data_set_bytes(path) == encode(instance())
 
@@ -205,7 +199,7 @@ def files(spool: Spool) -> list[Path]:
     return sorted(path for path in spool.path.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("step", ["fsync", "fdatasync", "link", "rename"])
+@pytest.mark.parametrize("step", ["fsync", "fdatasync", "rename"])
 @pytest.mark.parametrize(
     ("number", "expected"), [(errno.ENOSPC, NoSpace), (errno.EDQUOT, NoSpace), (errno.EIO, OSError)]
 )
@@ -224,8 +218,8 @@ def test_failed_step_acknowledges_nothing(
 
     assert spool.incoming() == []
     assert [path for path in files(spool) if path.stat().st_size] == []
-    receipt = spool.store(arrival(), encode(instance()), NOW)
-    assert data_set_bytes(spool.path / receipt.path) == encode(instance())
+    spool.store(arrival(), encode(instance()), NOW)
+    assert data_set_bytes(spool.incoming()[0]) == encode(instance())
 
 
 def test_write_that_is_cut_short_is_continued(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,9 +227,9 @@ def test_write_that_is_cut_short_is_continued(spool: Spool, monkeypatch: pytest.
     really = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, content: really(descriptor, bytes(content[:100])))
 
-    receipt = spool.store(arrival(), encode(instance()), NOW)
+    spool.store(arrival(), encode(instance()), NOW)
 
-    assert data_set_bytes(spool.path / receipt.path) == encode(instance())
+    assert data_set_bytes(spool.incoming()[0]) == encode(instance())
 
 
 @pytest.fixture
@@ -262,10 +256,10 @@ def trace(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_one_flush_makes_an_instance_durable(spool: Spool, trace: list[str]) -> None:
-    """The slot's name before; then the instance with its receipt in it, and only then its names."""
+    """The slot's name before; then the instance with its receipt in it, and only then the name that ingest sees."""
     spool.store(arrival(), encode(instance()), NOW)
 
-    assert trace == ["sync incoming", "sync incoming/*", "link to studies/*/*", "rename to incoming/*"]
+    assert trace == ["sync incoming", "sync incoming/*", "rename to incoming/*"]
 
 
 def test_slots_made_ahead_need_no_flush_of_their_folder(spool: Spool, trace: list[str]) -> None:
@@ -276,30 +270,19 @@ def test_slots_made_ahead_need_no_flush_of_their_folder(spool: Spool, trace: lis
     spool.store(arrival(), encode(instance()), NOW)
     spool.release()
 
-    assert trace[:3] == ["sync incoming/*", "link to studies/*/*", "rename to incoming/*"]
+    assert trace[:2] == ["sync incoming/*", "rename to incoming/*"]
     assert [path.suffix for path in (spool.path / "incoming").iterdir()] == [".dcm"]
 
 
 def test_folders_are_flushed_before_an_instance_waits_no_longer(spool: Spool, trace: list[str]) -> None:
-    """Ingest makes the name under studies/ durable, and its folder's, before the one in incoming/ goes."""
-    receipt = spool.store(arrival(), encode(instance()), NOW)
+    """Ingest makes the name under studies/, and it and its folder's durable, before the one in incoming/ goes."""
+    spool.store(arrival(), encode(instance()), NOW)
     trace.clear()
 
-    spool.place([(spool.incoming()[0], receipt)])
+    (receipt,) = place(spool)
 
-    assert trace == ["sync studies/*", "sync studies"]
-
-
-def test_name_that_a_power_cut_took_is_made_again(spool: Spool) -> None:
-    """The link under studies/ is not flushed at first; the name in incoming/ leads to the same instance."""
-    receipt = spool.store(arrival(), encode(instance()), NOW)
-    path = spool.path / receipt.path
-    path.unlink()
-    path.parent.rmdir()
-
-    spool.place([(spool.incoming()[0], receipt)])
-
-    assert data_set_bytes(path) == encode(instance())
+    assert trace == ["link to studies/*/*", "sync studies/*", "sync studies"]
+    assert data_set_bytes(spool.path / receipt.path) == encode(instance())
 
 
 def _place(spool: Spool, path: Path) -> str:
@@ -310,6 +293,7 @@ def _place(spool: Spool, path: Path) -> str:
 def test_settled_receipt_lies_beside_its_instance(spool: Spool) -> None:
     """After ingest nothing waits, and the rows can be rebuilt from what lies beside the instances."""
     receipts = [spool.store(arrival(number), encode(instance(number)), NOW) for number in (1, 2)]
+    place(spool)
     for path in spool.incoming():
         spool.settle(path, spool.read(path))
 
@@ -323,6 +307,7 @@ def test_settling_keeps_the_first_receipt_and_may_be_repeated(spool: Spool) -> N
     """Receipts of duplicates go; settling the same one twice does no harm."""
     first = spool.store(arrival(), encode(instance()), NOW)
     again = spool.store(arrival(), encode(instance()), NOW + timedelta(seconds=1))
+    place(spool)
     paths = spool.incoming()
     for path, receipt in [(paths[0], first), (paths[1], again), (paths[0], first), (paths[1], again)]:
         spool.settle(path, receipt)
@@ -334,9 +319,11 @@ def test_settling_keeps_the_first_receipt_and_may_be_repeated(spool: Spool) -> N
 def test_removed_study_leaves_nothing_but_what_came_meanwhile(spool: Spool) -> None:
     """Retention takes settled instances; one that waits for ingest stays."""
     spool.store(arrival(1), encode(instance(1)), NOW)
+    place(spool)
     path = spool.incoming()[0]
     spool.settle(path, spool.read(path))
     late = spool.store(arrival(2), encode(instance(2)), NOW)
+    place(spool)
 
     assert spool.remove_study(STUDY_UID) == 1
     assert spool.instances(STUDY_UID) == [spool.path / late.path]
@@ -346,7 +333,8 @@ def test_study_can_come_again_after_its_removal(spool: Spool) -> None:
     """The folder that retention removed is made again, and is synced again."""
     for _ in range(2):
         receipt = spool.store(arrival(), encode(instance()), NOW)
-        assert not receipt.duplicate
+        place(spool)
+        assert spool.instances(STUDY_UID) == [spool.path / receipt.path]
         path = spool.incoming()[0]
         spool.settle(path, receipt)
         spool.remove_study(STUDY_UID)
@@ -359,6 +347,7 @@ def test_starting_receiver_clears_what_was_never_acknowledged(spool: Spool) -> N
     """Unfinished files and old heartbeats go; acknowledged instances stay, settled or not."""
     waiting = spool.store(arrival(1), encode(instance(1)), NOW)
     settled = spool.store(arrival(2), encode(instance(2)), NOW)
+    place(spool)
     spool.settle(spool.incoming()[1], settled)
     spool.beat(association(STUDY_UID))
     (spool.path / "tmp" / "1-1.dcm").write_bytes(b"half")
@@ -375,25 +364,22 @@ def test_starting_receiver_clears_what_was_never_acknowledged(spool: Spool) -> N
     assert list((spool.path / "associations").iterdir()) == []
 
 
-def _killed(spool: Spool, after: str) -> Receipt:
-    """Store an instance, and undo what comes after a step."""
+def _killed(spool: Spool) -> Receipt:
+    """Store an instance, and undo what comes after the flush."""
     receipt = spool.store(arrival(), encode(instance()), NOW)
     waiting = spool.incoming()[0]
-    if after == "flush":
-        (spool.path / receipt.path).unlink()
     waiting.rename(waiting.with_suffix(".slot"))
     return receipt
 
 
-@pytest.mark.parametrize("after", ["flush", "link"])
-def test_whole_instance_of_a_killed_receiver_is_adopted(spool: Spool, after: str) -> None:
+def test_whole_instance_of_a_killed_receiver_is_adopted(spool: Spool) -> None:
     """Killed between flush and answer, or after it: it may have been acknowledged, so it is kept."""
-    receipt = _killed(spool, after)
+    receipt = _killed(spool)
 
     found = spool.recover()
 
     assert (found.unfinished, found.adopted) == (0, 1)
-    assert [spool.read(path) for path in spool.incoming()] == [receipt]
+    assert place(spool) == [receipt]
     assert data_set_bytes(spool.path / receipt.path) == encode(instance())
     spool.settle(spool.incoming()[0], receipt)
     assert len(list(spool.settled())) == 1
@@ -402,7 +388,7 @@ def test_whole_instance_of_a_killed_receiver_is_adopted(spool: Spool, after: str
 @pytest.mark.parametrize("damage", ["cut", "hole", "other receipt"])
 def test_instance_that_its_receipt_does_not_fit_is_not_adopted(spool: Spool, damage: str) -> None:
     """A power cut before the flush may leave a receipt over half a data set: that was never acknowledged."""
-    _killed(spool, "flush")
+    _killed(spool)
     (slot,) = (spool.path / "incoming").iterdir()
     content = slot.read_bytes()
     if damage == "cut":
@@ -426,7 +412,7 @@ def test_waiting_receipt_of_version_0_1_is_read_and_settled(spool: Spool) -> Non
     new = spool.store(arrival(2), encode(instance(2)), NOW + timedelta(seconds=1))
 
     assert list(spool.settled()) == []
-    assert [spool.read(path) for path in spool.incoming()] == [old, new]
+    assert place(spool) == [old, new]
     for path in spool.incoming():
         spool.settle(path, spool.read(path))
     assert not beside.exists()
@@ -440,16 +426,16 @@ def test_instance_of_version_0_1_is_known_when_it_comes_again(spool: Spool) -> N
     spool.settle(beside, spool.read(beside))
 
     again = spool.store(arrival(), encode(instance()), NOW)
+    place(spool)
     spool.settle(spool.incoming()[0], again)
 
-    assert again.duplicate
     assert len(spool.instances(STUDY_UID)) == 1
     assert spool.remove_study(STUDY_UID) == 1
     assert list((spool.path / "studies").iterdir()) == []
 
 
 def test_what_was_set_aside_is_found_by_its_study(spool: Spool) -> None:
-    """So that a study can be forgotten: by its receipt, or by its other name when the receipt cannot be read."""
+    """So that a study can be forgotten: by its receipt, or by its data set when the receipt cannot be read."""
     for number in (1, 2, 3):
         spool.store(arrival(number), encode(instance(number)), NOW)
     spool.store(arrival(4, study_uid="1.2.3"), encode(instance(4)), NOW)
@@ -506,9 +492,9 @@ def test_memoryview_of_a_stream_is_stored_without_a_copy(spool: Spool) -> None:
     sent = encode(instance())
 
     with BytesIO(sent).getbuffer() as view:
-        receipt = spool.store(arrival(), view, NOW)
+        spool.store(arrival(), view, NOW)
 
-    assert data_set_bytes(spool.path / receipt.path) == sent
+    assert data_set_bytes(spool.incoming()[0]) == sent
 
 
 def test_receipt_holds_no_name_of_a_patient(spool: Spool) -> None:
