@@ -7,6 +7,7 @@ one buffer of two PDUs, a command set, and what the service keeps.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import socket
@@ -160,20 +161,16 @@ class Service(Protocol):
 
 
 class Acceptor:
-    """Listens, and runs every association in its own thread."""
+    """Takes connections from its listeners, and runs every association in its own thread."""
 
     def __init__(
         self,
+        listeners: Sequence[Listener],
         *,
-        host: str,
-        port: int | None,
         limits: Limits,
         implementation: tuple[str, str],
         service: Service,
-        tls_port: int | None = None,
-        tls: ssl.SSLContext | None = None,
     ) -> None:
-        """Listen on `port`, and with `tls` on `tls_port`; None for not. OSError when one cannot be bound."""
         # the log handlers of pynetdicom format every PDU, and quote what is in it
         _config.LOG_HANDLER_LEVEL = "none"
         self.limits = limits
@@ -185,29 +182,11 @@ class Acceptor:
         self._open: dict[str, _Association] = {}  # by association id, in order of connection
         self._unassociated: dict[str, _Association] = {}
         self._contexts: dict[tuple[str, ...], UID | int] = {}
-        self._listeners: list[_Listener] = []
-        try:
-            if port is not None:
-                self._listeners.append(_Listener(host, port, None))
-            if tls_port is not None and tls is not None:
-                self._listeners.append(_Listener(host, tls_port, tls))
-        except OSError:
-            for listener in self._listeners:
-                listener.transport.close()
-            raise
+        self._listeners = listeners
         self._threads = [
             Thread(target=self._accept, args=(listener,), name=f"acceptor:{listener.port}", daemon=True)
             for listener in self._listeners
         ]
-
-    @property
-    def port(self) -> int:
-        """Where it listens without TLS; with TLS where there is no other."""
-        return (self.ports(secured=False) or self.ports(secured=True))[0]
-
-    def ports(self, *, secured: bool) -> list[int]:
-        """Where it listens, with TLS or without."""
-        return [listener.port for listener in self._listeners if (listener.tls is not None) == secured]
 
     def start(self) -> None:
         for thread in self._threads:
@@ -282,11 +261,13 @@ class Acceptor:
 
     # --- inside ---
 
-    def _accept(self, listener: _Listener) -> None:
+    def _accept(self, listener: Listener) -> None:
         while not self._stopping.is_set():
             try:
                 transport, address = listener.transport.accept()
             except OSError as error:
+                if error.errno == errno.EINVAL:  # it listens no longer, here or in a copy of this process
+                    return
                 if not self._stopping.is_set():
                     log.error("no_connection_taken", error=error.strerror)
                     self._stopping.wait(NO_DESCRIPTORS_PAUSE_S)
@@ -314,8 +295,8 @@ class Acceptor:
             return list(self._open.values())
 
 
-class _Listener:
-    """One port that is listened on."""
+class Listener:
+    """One port that is listened on, with TLS where `tls` is given. OSError when it cannot be bound."""
 
     def __init__(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
         self.tls = tls

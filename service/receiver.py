@@ -6,6 +6,7 @@ Decides and writes files through the spool; the transport is the acceptor's. No 
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import socket
 import ssl
@@ -31,9 +32,20 @@ from pynetdicom import ALL_TRANSFER_SYNTAXES
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from service import commitment_answers, commitment_requests
-from service.acceptor import Acceptor, ActionRequest, EventReport, Interrupted, Limits, Peer, Refusal, StoreRequest
+from service.acceptor import (
+    Acceptor,
+    ActionRequest,
+    EventReport,
+    Interrupted,
+    Limits,
+    Listener,
+    Peer,
+    Refusal,
+    StoreRequest,
+)
 from service.certificates import server_context
 from service.commitment_answers import PUSH_MODEL, PUSH_MODEL_INSTANCE
+from service.crowd import Crowd
 from service.instance_header import PREFIX_BYTES, Header, Unreadable, read_header, walk_header
 from service.refusals import Refusals, Refused
 from service.shared.log import explain_exception
@@ -51,6 +63,8 @@ from service.spool import (
 )
 
 HEARTBEAT_S = HEARTBEAT_STALE_S / 3
+CLAIM_PATIENCE_S = 2.0
+MAX_PROCESSES = 4  # unless configured
 
 # Their pixel data lies on another server or in another stream: what is stored would not be the instance.
 _NOT_IN_THE_OBJECT = re.compile(r"1\.2\.840\.10008\.1\.2\.(4\.(94|95|204|205)|7\..*)")
@@ -203,6 +217,26 @@ def tls_context(scp: ScpSettings) -> ssl.SSLContext | None:
     return server_context(scp.tls_certificate, scp.tls_key, ca=scp.tls_ca, minimum=scp.tls_minimum)
 
 
+def processes(scp: ScpSettings) -> int:
+    """How many processes share the associations: as configured, or one per processor up to MAX_PROCESSES."""
+    return scp.processes or min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+
+
+def listeners(scp: ScpSettings, tls: ssl.SSLContext | None) -> list[Listener]:
+    """What is listened on; OSError when a port cannot be bound."""
+    opened = []
+    try:
+        if scp.port != 0 or tls is None:
+            opened.append(Listener(scp.host, scp.port, None))
+        if scp.tls_port is not None and tls is not None:
+            opened.append(Listener(scp.host, scp.tls_port, tls))
+    except OSError:
+        for listener in opened:
+            listener.transport.close()
+        raise
+    return opened
+
+
 def _limits(scp: ScpSettings) -> Limits:
     return Limits(
         idle_timeout_s=scp.idle_timeout_s,
@@ -211,7 +245,7 @@ def _limits(scp: ScpSettings) -> Limits:
         max_pdu_bytes=scp.max_pdu_bytes,
         max_command_bytes=scp.max_command_bytes,
         max_data_set_bytes=int(scp.max_data_set_gb * 1e9),
-        max_unassociated=scp.max_unassociated,
+        max_unassociated=-(-scp.max_unassociated // processes(scp)),
     )
 
 
@@ -239,7 +273,6 @@ def _take(request: StoreRequest, draft: Draft) -> Header:
 class _Tally:
     """What an open association has brought so far. Touched by its own thread, read by the heartbeat's."""
 
-    address: str
     is_source: bool  # else it may answer to storage commitment, and do no more
     stored: int = 0
     refused: int = 0
@@ -265,6 +298,8 @@ class Receiver:
         self._spool = spool
         self._vouching = vouching
         self._refusals = Refusals(spool.path)
+        self._crowd = Crowd(scp.max_associations)
+        self._listeners: list[Listener] = []
         self._acceptor: Acceptor | None = None
         self._open: dict[str, _Tally] = {}  # by association id
         self._lock = Lock()
@@ -275,29 +310,18 @@ class Receiver:
     @property
     def port(self) -> int:
         """The bound port without TLS; the one with TLS where there is no other."""
-        if self._acceptor is None:
-            raise RuntimeError("the receiver has not been started")
-        return self._acceptor.port
+        return min(self._listeners, key=lambda listener: listener.tls is not None).port
 
-    def start(self) -> None:
-        """Recover the spool, then listen.
+    def listen(self) -> None:
+        """Recover the spool, and take the ports; nothing is accepted, and no thread runs, before `start`.
 
         OSError when a port cannot be bound, SpoolInUse beside another receiver, CertificateError for TLS files.
         """
         tls = tls_context(self._scp)
-        self._spool.claim()
+        self._spool.claim(CLAIM_PATIENCE_S)
         try:
             found = self._spool.recover()
-            self._spool.make_ahead()
-            self._acceptor = Acceptor(
-                host=self._scp.host,
-                port=None if self._scp.port == 0 and tls is not None else self._scp.port,
-                tls_port=self._scp.tls_port,
-                tls=tls,
-                limits=_limits(self._scp),
-                implementation=(IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME),
-                service=self,
-            )
+            self._listeners = listeners(self._scp, tls)
         except BaseException:
             self._spool.release()
             raise
@@ -309,11 +333,21 @@ class Receiver:
                 reason="there is no [[source]]",
                 remedy='[[source]] ae_title = "THE SENDER\'S AE TITLE", or [scp] accept_unknown_sources = true',
             )
+        for listener in self._listeners:
+            names = {"ae_title": self._scp.ae_title, "host": self._scp.host, "port": listener.port}
+            log.info("receiver_listens", **names, tls=listener.tls is not None)
+
+    def start(self) -> None:
+        """Accept associations, beside the copies of this process that do the same; `listen` was before."""
+        self._spool.make_ahead()
+        self._acceptor = Acceptor(
+            self._listeners,
+            limits=_limits(self._scp),
+            implementation=(IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME),
+            service=self,
+        )
         self._heart.start()
         self._acceptor.start()
-        for secured in (False, True):
-            for port in self._acceptor.ports(secured=secured):
-                log.info("receiver_listens", ae_title=self._scp.ae_title, host=self._scp.host, port=port, tls=secured)
 
     def stop(self, grace_s: float) -> None:
         """Take no new association, let open ones finish for `grace_s` seconds, abort what is left."""
@@ -336,11 +370,12 @@ class Receiver:
         is_source = denial is None
         if (peer.calling_ae, peer.called_ae) in self._vouching:
             denial = None
-        with self._lock:
-            neighbours = sum(tally.address == peer.address for tally in self._open.values())
-            denial = denial or deny_crowd(self._scp, len(self._open), neighbours)
+        with self._crowd.counted(peer.address) as counted:
+            denial = denial or deny_crowd(self._scp, counted.associations, counted.of_this_address)
             if denial is None:
-                self._open[peer.association_id] = _Tally(peer.address, is_source)
+                self._crowd.enter(peer.address)
+                with self._lock:
+                    self._open[peer.association_id] = _Tally(is_source)
         names = {"calling_ae": peer.calling_ae, "called_ae": peer.called_ae, "address": peer.address}
         if denial is not None:
             log.warning("association_refused", **names, reason=denial.reason, remedy=denial.remedy)
@@ -486,6 +521,7 @@ class Receiver:
     def closed(self, peer: Peer, released: bool) -> None:
         with self._lock:
             tally = self._open.pop(peer.association_id)
+        self._crowd.leave(peer.address)
         self._spool.close_association(peer.association_id)
         log.info(
             "association_closed",

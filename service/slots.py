@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 
 class Slots:
-    """Hands out slots in `folder`. One process at a time makes them there; any of its threads takes them."""
+    """Hands out slots in `folder` to any thread. Its copies in other processes each make and hand out their own."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -62,7 +62,8 @@ class Slots:
         return slot or self._make(1)[0]
 
     def _make(self, number: int) -> list[Path]:
-        made = [self._folder / f"{self._token}-{next(self._counter):09d}{SUFFIX}" for _ in range(number)]
+        ours = f"{self._token}-{os.getpid()}"
+        made = [self._folder / f"{ours}-{next(self._counter):09d}{SUFFIX}" for _ in range(number)]
         for path in made:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         sync_folder(self._folder)

@@ -2,7 +2,7 @@
 
 Files only; names come from digests, never from what a sender wrote. Knows nothing of DIMSE or the database.
 
-    incoming/<token>-<counter>.slot                         an empty file made ahead, or an instance that is arriving
+    incoming/<token>-<pid>-<counter>.slot                   an empty file made ahead, or an instance that is arriving
     incoming/<time>-<pid>-<counter>.dcm                     an acknowledged instance that waits for ingest, by arrival
     studies/<study key>/<instance key>-<content key>.dcm    one Part 10 file per distinct instance
     studies/<study key>/committed                           its sender was promised that it is kept: no age removes it
@@ -33,6 +33,7 @@ import itertools
 import json
 import os
 import struct
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -54,6 +55,7 @@ IMPLEMENTATION_VERSION_NAME = "MEDPRUNER_0_1"  # at most 16 characters
 RECEIPT_CREATOR_UID = "2.25.132170137356285793956309408053203975900"  # drawn once: who wrote (0002,0102), PS3.10 7.1
 KEY_LENGTH = 24  # hexadecimal digits, 96 bits
 COMMITTED = "committed"
+CLAIM_AGAIN_S = 0.02
 RECEIPT_BYTES = 1536  # the longest receipt has about 1100
 META_BYTES = 144  # preamble, prefix and group length: what stands before the other file meta information
 CHECK_SPACE_EVERY_BYTES = 64 << 20  # of an instance that is arriving
@@ -164,7 +166,7 @@ def waiting(spool: Path) -> list[Path]:
 
 
 class Spool:
-    """The folder itself. One process stores (after `claim`); any number read, settle and remove."""
+    """The folder itself. One process and its copies store (after `claim`); any number read, settle and remove."""
 
     def __init__(self, path: Path, min_free_bytes: int) -> None:
         self.path = path
@@ -185,16 +187,23 @@ class Spool:
 
     # --- the receiver's side ---
 
-    def claim(self) -> None:
-        """Become the one process that stores here, until `release` or death; SpoolInUse when there is one."""
+    def claim(self, patience_s: float = 0.0) -> None:
+        """Become the one process that stores here, until `release` or death; SpoolInUse when there is one.
+
+        The copies of this process hold the claim with it. patience_s: for those of one that was killed to be gone.
+        """
+        deadline = time.monotonic() + patience_s
         descriptor = os.open(self.path / "receiver.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            message = f"{self.path}: another receiver writes here; give it its own [spool] path"
-            raise SpoolInUse(message) from error
-        self._claim = descriptor
+        while self._claim is None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._claim = descriptor
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    os.close(descriptor)
+                    message = f"{self.path}: another receiver writes here; give it its own [spool] path"
+                    raise SpoolInUse(message) from error
+                time.sleep(CLAIM_AGAIN_S)
 
     def release(self) -> None:
         self._slots.stop()

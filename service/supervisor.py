@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -16,11 +15,11 @@ from threading import Event
 import structlog
 
 from service.broker import redis_command
+from service.children import die_with_parent
 from service.shared.settings import Settings
 
 ROLES = ("receive", "ingest", "dispatch", "deliver", "web")
 RECEIVER, QUEUE = "receive", "redis"
-PR_SET_PDEATHSIG = 1  # prctl(2)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 4.0
 SETTLED_S = 30.0  # a process that lived this long starts again at once
 TERM_GRACE_S = 30.0
@@ -88,7 +87,8 @@ def _keep(one: Supervised, now: float) -> None:
         one.not_before = now + one.wait_s
         one.wait_s = min(LONGEST_WAIT_S, one.wait_s * 2)
     if now >= one.not_before:
-        one.process = subprocess.Popen(one.command, start_new_session=True, preexec_fn=_die_with_parent)
+        # a supervisor that is killed takes its processes with it, so that the next one finds ports and sockets free
+        one.process = subprocess.Popen(one.command, start_new_session=True, preexec_fn=die_with_parent)
         one.started_at = now
         log.info("process_started", process=one.name, pid=one.process.pid)
 
@@ -113,8 +113,3 @@ def _kill_group(leader: int) -> None:
     """End what `leader` and its children have started in its session, and `leader` itself where it still runs."""
     with suppress(ProcessLookupError):  # nobody is left
         os.killpg(leader, signal.SIGKILL)
-
-
-def _die_with_parent() -> None:
-    """A supervisor that is killed takes its processes with it, so that the next one finds ports and sockets free."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -61,7 +61,8 @@ def running(
 ) -> Iterator[Running]:
     """A receiver on a free port of the loopback; what is still open at the end is aborted after `grace_s`."""
     spool = Spool(folder, min_free_bytes)
-    receiver = Receiver(ScpSettings(**{"port": 0} | scp), sources, spool, vouching=vouching)
+    receiver = Receiver(ScpSettings(**{"port": 0, "processes": 1} | scp), sources, spool, vouching=vouching)
+    receiver.listen()
     receiver.start()
     try:
         yield Running(receiver, spool, receiver.port)

@@ -45,7 +45,8 @@ from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
 
 from service import assembly
-from service.receiver import Receiver
+from service.receive import run
+from service.receiver import Receiver, processes
 from service.shared.db import open_engine, open_sessions
 from service.shared.durable import sync_folder
 from service.shared.log import set_up_logging
@@ -130,8 +131,9 @@ def serve(folder: str, port: str) -> None:
         ports = {"port": 0, "tls_port": int(port), "tls_certificate": f"{pair}.pem", "tls_key": f"{pair}.key"}
     scp = ScpSettings(ae_title="ANY-SCP", accept_unknown_sources=True, max_pdu_bytes=MAX_PDU_BYTES, **ports)
     subprocess.Popen([sys.executable, "-m", "tests.bench.receive", "ingest", folder, str(os.getpid())])
-    Receiver(scp, (), spool).start()
-    Event().wait()
+    receiver = Receiver(scp, (), spool)
+    receiver.listen()
+    run(receiver, processes(scp), Event())
 
 
 def take_in(folder: str, parent: str) -> None:

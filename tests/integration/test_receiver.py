@@ -518,18 +518,22 @@ def test_dcmsend_sends_a_mixed_folder(dcmtk_receiver: Running, tmp_path: Path) -
 # --- kills ---
 
 RECEIVER_PROGRAM = """
-import sys, time
+import signal, sys
 from pathlib import Path
-from service.receiver import Receiver
+from threading import Event
+from service.receive import run
+from service.receiver import Receiver, processes
 from service.shared.log import set_up_logging
 from service.shared.settings import LogSettings, ScpSettings, SourceSettings
 from service.spool import Spool
 set_up_logging(LogSettings(level="ERROR"), role="receive")
 scp = ScpSettings.model_validate_json(sys.argv[2])
 receiver = Receiver(scp, (SourceSettings(ae_title="SENDER"),), Spool(Path(sys.argv[1]), 0))
-receiver.start()
+receiver.listen()
 print(receiver.port, flush=True)
-time.sleep(600)
+stop = Event()
+signal.signal(signal.SIGTERM, lambda *_: stop.set())
+run(receiver, processes(scp), stop)
 """
 
 
@@ -563,6 +567,48 @@ def send_until_cut(
 
 
 @pytest.mark.kills
+def test_receiver_ends_with_any_of_its_processes_and_begins_again(tmp_path: Path) -> None:
+    """What a killed copy had open is recovered by a start alone; nobody goes on half deaf."""
+    process, port = start_receiver(tmp_path / "spool", processes=3)
+    associations = [associate(port) for _ in range(6)]
+    assert [send_instance(one, instance(number)) for number, one in enumerate(associations)] == [0x0000] * 6
+    copies = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(copies) == 2
+
+    os.kill(int(copies[0]), signal.SIGKILL)
+    process.wait(20)
+
+    wait_until(lambda: not any(Path(f"/proc/{copy}").exists() for copy in copies))
+    again, port = start_receiver(tmp_path / "spool", processes=3)
+    assert send_instance(associate(port), instance(6)) == 0x0000
+    again.send_signal(signal.SIGTERM)
+    again.wait(40)
+    assert [receipt.sop_instance_uid for receipt in receipts(Spool(tmp_path / "spool", 0))] == [
+        f"{STUDY_UID}.1.{number}" for number in range(7)
+    ]
+    for ended in (process, again):
+        assert ended.stdout is not None
+        ended.stdout.close()
+
+
+@pytest.mark.parametrize("limit", ["max_associations", "max_associations_per_address"])
+def test_processes_of_a_receiver_share_its_limits(tmp_path: Path, limit: str) -> None:
+    """Whichever of them takes the connection."""
+    process, port = start_receiver(tmp_path / "spool", processes=3, **{limit: 4})
+    try:
+        associations = [associate(port) for _ in range(7)]
+        assert [one.is_established for one in associations] == [True] * 4 + [False] * 3
+        assert {rejection(one) for one in associations[4:]} == {(2, 3, 2)}
+        associations[0].release()
+        wait_until(lambda: associate(port).is_established)
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.mark.kills
 @pytest.mark.parametrize("secured", [False, True], ids=["plain", "tls"])
 def test_killed_receiver_loses_nothing_that_it_acknowledged(tmp_path: Path, secured: bool) -> None:
     """SIGKILL at random moments while two senders store: every Success is on disk, bit for bit, with its receipt."""
@@ -593,7 +639,9 @@ def test_killed_receiver_loses_nothing_that_it_acknowledged(tmp_path: Path, secu
             thread.join()
 
     spool = Spool(folder, 0)
+    spool.claim(2.0)
     spool.recover()
+    spool.release()
     named = {receipt.sop_instance_uid: receipt for receipt in place(spool)}
     assert len(acknowledged) >= 6
     assert list((folder / "incoming").glob("*.slot")) == []
