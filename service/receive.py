@@ -17,7 +17,7 @@ from threading import Event
 
 from service.certificates import CertificateError
 from service.children import fork
-from service.receiver import Receiver, processes
+from service.receiver import Receiver
 from service.shared.log import set_up_logging
 from service.shared.settings import ConfigurationError, Settings, load, spool_folder
 from service.spool import Spool, SpoolInUse
@@ -46,7 +46,7 @@ def receive(settings: Settings, stop: Event) -> None:
     except (SpoolInUse, OSError) as error:
         text = str(error) if isinstance(error, SpoolInUse) else error.strerror
         raise CannotReceive(f"[scp] {settings.scp.host}:{settings.scp.port}: {text}") from error
-    run(receiver, processes(settings.scp), stop)
+    run(receiver, settings.scp.processes, stop)
 
 
 def run(receiver: Receiver, number: int, stop: Event) -> None:

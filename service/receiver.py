@@ -6,7 +6,6 @@ Decides and writes files through the spool; the transport is the acceptor's. No 
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 import socket
 import ssl
@@ -64,7 +63,6 @@ from service.spool import (
 
 HEARTBEAT_S = HEARTBEAT_STALE_S / 3
 CLAIM_PATIENCE_S = 2.0
-MAX_PROCESSES = 4  # unless configured
 
 # Their pixel data lies on another server or in another stream: what is stored would not be the instance.
 _NOT_IN_THE_OBJECT = re.compile(r"1\.2\.840\.10008\.1\.2\.(4\.(94|95|204|205)|7\..*)")
@@ -217,11 +215,6 @@ def tls_context(scp: ScpSettings) -> ssl.SSLContext | None:
     return server_context(scp.tls_certificate, scp.tls_key, ca=scp.tls_ca, minimum=scp.tls_minimum)
 
 
-def processes(scp: ScpSettings) -> int:
-    """How many processes share the associations: as configured, or one per processor up to MAX_PROCESSES."""
-    return scp.processes or min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
-
-
 def listeners(scp: ScpSettings, tls: ssl.SSLContext | None) -> list[Listener]:
     """What is listened on; OSError when a port cannot be bound."""
     opened = []
@@ -245,7 +238,7 @@ def _limits(scp: ScpSettings) -> Limits:
         max_pdu_bytes=scp.max_pdu_bytes,
         max_command_bytes=scp.max_command_bytes,
         max_data_set_bytes=int(scp.max_data_set_gb * 1e9),
-        max_unassociated=-(-scp.max_unassociated // processes(scp)),
+        max_unassociated=-(-scp.max_unassociated // scp.processes),
     )
 
 

@@ -62,7 +62,7 @@ class ScpSettings(Section):
     tls_key: Path | None = None
     tls_ca: Path | None = None
     tls_minimum: Literal["1.2", "1.3"] = "1.2"
-    processes: int | None = Field(default=None, ge=1, le=64)
+    processes: int = Field(default=4, ge=1, le=64)
     max_associate_bytes: int = Field(default=1048576, ge=4096, le=1 << 24)
     max_pdu_bytes: int = Field(default=131072, ge=4096, le=1048576)
     max_command_bytes: int = Field(default=65536, ge=512, le=1 << 20)

@@ -46,7 +46,7 @@ from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotific
 
 from service import assembly
 from service.receive import run
-from service.receiver import Receiver, processes
+from service.receiver import Receiver
 from service.shared.db import open_engine, open_sessions
 from service.shared.durable import sync_folder
 from service.shared.log import set_up_logging
@@ -133,7 +133,7 @@ def serve(folder: str, port: str) -> None:
     subprocess.Popen([sys.executable, "-m", "tests.bench.receive", "ingest", folder, str(os.getpid())])
     receiver = Receiver(scp, (), spool)
     receiver.listen()
-    run(receiver, processes(scp), Event())
+    run(receiver, scp.processes, Event())
 
 
 def take_in(folder: str, parent: str) -> None:

@@ -522,7 +522,7 @@ import signal, sys
 from pathlib import Path
 from threading import Event
 from service.receive import run
-from service.receiver import Receiver, processes
+from service.receiver import Receiver
 from service.shared.log import set_up_logging
 from service.shared.settings import LogSettings, ScpSettings, SourceSettings
 from service.spool import Spool
@@ -533,7 +533,7 @@ receiver.listen()
 print(receiver.port, flush=True)
 stop = Event()
 signal.signal(signal.SIGTERM, lambda *_: stop.set())
-run(receiver, processes(scp), stop)
+run(receiver, scp.processes, stop)
 """
 
 
