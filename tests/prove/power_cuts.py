@@ -33,7 +33,7 @@ from service.shared.db import Instance, open_engine, open_sessions
 from service.shared.settings import Settings, database_url, load, spool_folder
 from service.spool import Spool
 from tests.prove.disk import CALLS, Call, Disk, Effect, Keep, Name, Write, read_trace
-from tests.prove.hostile import stored_in
+from tests.prove.hostile import STORE_ANSWER, answers_in
 from tests.prove.invariants import lost_instances
 from tests.prove.load import Key, Load
 from tests.running import DIES_WITH_US, PROJECT, listens
@@ -178,7 +178,8 @@ class PowerCuts:
 
     def _acknowledged_by(self, call: Call) -> dict[Key, str]:
         content = next((one for one in call.arguments[1:] if isinstance(one, bytes)), b"")
-        keys = [self._uids[uid] for status, uid in stored_in(content) if status == 0x0000 and uid in self._uids]
+        stored = [uid for field, status, uid in answers_in(content) if field == STORE_ANSWER and status == 0x0000]
+        keys = [self._uids[uid] for uid in stored if uid in self._uids]
         return {key: self._recording.acknowledged[key] for key in keys}
 
     def _choices(self, pending: list[Effect], number: int) -> Iterator[tuple[str, Callable[[Effect], bool], Keep]]:
