@@ -81,7 +81,9 @@ class Peer:
         request.TransactionUID = transaction_uid
         request.ReferencedSOPSequence = []
         for dataset in datasets:
-            assert association.send_c_store(dataset).Status == 0x0000
+            # a busy pynetdicom may take an answer for a request, drop it and wait in vain: then once more
+            answer = association.send_c_store(dataset) or association.send_c_store(dataset)
+            assert answer.Status == 0x0000
             item = Dataset()
             item.ReferencedSOPClassUID = dataset.SOPClassUID
             item.ReferencedSOPInstanceUID = dataset.SOPInstanceUID

@@ -22,7 +22,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittle
 from structlog.testing import capture_logs
 
 from service import commitment_requests
-from service.acceptor import Acceptor, ActionRequest, EventReport, Limits, Peer, Refusal, StoreRequest
+from service.acceptor import Acceptor, ActionRequest, EventReport, Limits, Listener, Peer, Refusal, StoreRequest
 from service.commitment_answers import PUSH_MODEL, PUSH_MODEL_INSTANCE
 from service.shared.settings import SourceSettings
 from service.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
@@ -476,10 +476,10 @@ class Blocked:
         return None
 
 
-def listen(service: Any, idle_timeout_s: float = 20) -> Acceptor:
+def listen(service: Any, idle_timeout_s: float = 20) -> tuple[Acceptor, int]:
+    listener = Listener("127.0.0.1", 0, None)
     listening = Acceptor(
-        host="127.0.0.1",
-        port=0,
+        [listener],
         limits=Limits(
             idle_timeout_s=idle_timeout_s,
             pdu_timeout_s=idle_timeout_s,
@@ -493,15 +493,15 @@ def listen(service: Any, idle_timeout_s: float = 20) -> Acceptor:
         service=service,
     )
     listening.start()
-    return listening
+    return listening, listener.port
 
 
 def test_peer_that_does_not_wait_is_slowed_down_instead_of_filling_memory() -> None:
     """While the disk blocks, a few messages are read ahead and the rest stays with the peer."""
     service = Blocked()
-    listening = listen(service)
+    listening, port = listen(service)
     sent = 0
-    with connect_and_associate(listening.port) as connection:
+    with connect_and_associate(port) as connection:
         connection.settimeout(1)
         message = p_data(store_command(), command=True, last=True)
         message += p_data(bytes(120_000), command=False, last=False) * 7 + p_data(b"", command=False, last=True)
@@ -518,8 +518,8 @@ def test_peer_that_does_not_wait_is_slowed_down_instead_of_filling_memory() -> N
 def test_disk_that_takes_longer_than_the_idle_timeout_aborts_nobody() -> None:
     """The peer waits for our answer; that is not idleness of the peer."""
     service = Blocked()
-    listening = listen(service, idle_timeout_s=SHORT_S)
-    association = associate(listening.port)
+    listening, port = listen(service, idle_timeout_s=SHORT_S)
+    association = associate(port)
     answers: list[int | None] = []
     storing = Thread(target=lambda: answers.append(send_instance(association, instance(1))))
     storing.start()
@@ -543,8 +543,8 @@ class Broken(Blocked):
 def test_fault_while_deciding_lets_nobody_in() -> None:
     """When the decision fails, the connection ends, and the log has the class of the fault without its text."""
     with capture_logs() as lines:
-        listening = listen(Broken())
-        with connect(listening.port) as connection:
+        listening, port = listen(Broken())
+        with connect(port) as connection:
             connection.sendall(association_request())
             assert read_pdu(connection) in (None, A_ABORT)
         listening.stop(0)
