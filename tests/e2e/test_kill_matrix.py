@@ -21,7 +21,7 @@ def assert_nothing_is_broken(outcome: Outcome, kills: int) -> None:
 
 def test_every_part_dies_again_and_again_under_load(tmp_path: Path, random_model: Path) -> None:
     """SQLite and the embedded Redis: nothing acknowledged is lost, and no analysis is reported twice."""
-    outcome = Matrix(tmp_path, random_model, seed=1).run(34)
+    outcome = Matrix(tmp_path, random_model, seed=1).run(34, apart=8)
 
     assert_nothing_is_broken(outcome, 34)
     assert {kill.target for kill in outcome.kills} >= {"receive", "ingest", "dispatch", "deliver"}
@@ -32,7 +32,7 @@ def test_postgresql_dies_as_well(
     tmp_path: Path, random_model: Path, postgres_server_of_our_own: PostgresServer
 ) -> None:
     """The same with a database server that is killed whole, and in single connections."""
-    outcome = Matrix(tmp_path, random_model, seed=2, postgres=postgres_server_of_our_own).run(14)
+    outcome = Matrix(tmp_path, random_model, seed=2, postgres=postgres_server_of_our_own).run(14, apart=10)
 
     assert_nothing_is_broken(outcome, 14)
     assert {kill.target for kill in outcome.kills} & {"postgres", "backend"}

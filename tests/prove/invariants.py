@@ -34,15 +34,15 @@ def is_at_rest(sessions: sessionmaker[Session], acknowledged: Iterable[Key]) -> 
     )
 
 
-def unfinished(sessions: sessionmaker[Session]) -> int:
-    """Studies on record whose last revision has no analysis in a final state yet."""
+def ended(sessions: sessionmaker[Session]) -> int:
+    """Studies whose last revision has an analysis in a final state."""
     with sessions() as session:
-        ended = select(Analysis.id).where(
+        analysis = select(Analysis.id).where(
             Analysis.study_id == Study.id,
             Analysis.revision == Study.revision,
             Analysis.state.in_([AnalysisState(state) for state in FINAL]),
         )
-        return len(session.scalars(select(Study.id).where(~ended.exists())).all())
+        return len(session.scalars(select(Study.id).where(analysis.exists())).all())
 
 
 def lost_instances(acknowledged: Mapping[Key, str], sessions: sessionmaker[Session], spool: Path) -> Iterator[str]:
