@@ -15,6 +15,7 @@ SLABS = 24
 PIXELS = 120
 WINDOWS_HU = ((-1024, 1024), (-135, 215))
 BLOB_FULL_HU = 500  # contrast that saturates the blue channel
+DENSE_HU = 400  # in a slab of 11 mm only calcium is denser; what is above is added to the blue channel
 LINE_PIXELS = 11  # what is longer than this in any direction is no blob
 _DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1), (1, 2), (2, 1), (1, -2), (2, -1))
 _LOW, _HIGH = -1000, 100
@@ -51,7 +52,8 @@ def area_matrix(size: int, pixels: int) -> NDArray[np.float32]:
 def ct_images(hu: HounsfieldUnits) -> NDArray[np.uint8]:
     """Slabs in HU, (S, P, P), to what the model's image processor gets, (S, P, P, 3)."""
     channels = [_scaled(hu.astype(np.float32), low, high) for low, high in WINDOWS_HU]
-    channels.append(_scaled(blobs(hu).astype(np.float32), 0, BLOB_FULL_HU))
+    dense = np.maximum(hu.astype(np.float32) - DENSE_HU, 0)
+    channels.append(_scaled(blobs(hu).astype(np.float32) + dense, 0, BLOB_FULL_HU))
     return np.stack(channels, axis=-1)
 
 

@@ -116,7 +116,7 @@ def draw_findings(chest: Chest, random: np.random.Generator, *, nodules: int | N
     count = (1 if random.random() < 0.55 else 0) if nodules is None else nodules
     drawn: list[Nodule] = []
     for _ in range(count):
-        nodule = _draw_nodule(chest, random, found, drawn)
+        nodule = draw_nodule(chest, random, found, drawn)
         if nodule is not None:
             drawn.append(nodule)
     return Findings(tuple(drawn), effusions, consolidations, pneumothorax, cardiomegaly, calcifications)
@@ -191,8 +191,17 @@ def _draw_place(chest: Chest, side: Side, random: np.random.Generator) -> tuple[
     return x, y, share * lung.height_mm, share
 
 
-def _draw_nodule(chest: Chest, random: np.random.Generator, found: Findings, others: list[Nodule]) -> Nodule | None:
-    diameter = float(np.exp(random.uniform(*np.log(NODULE_DIAMETERS_MM))))
+def draw_nodule(
+    chest: Chest,
+    random: np.random.Generator,
+    found: Findings,
+    others: list[Nodule],
+    *,
+    diameter_mm: float | None = None,
+) -> Nodule | None:
+    """Somewhere free, of any diameter if none is given; None where no place was found."""
+    drawn = float(np.exp(random.uniform(*np.log(NODULE_DIAMETERS_MM))))
+    diameter = drawn if diameter_mm is None else diameter_mm
     solid = bool(random.random() < 0.6)
     for _ in range(80):
         side = _draw_side(random)

@@ -138,6 +138,11 @@ def findings_at(seed: int, *, nodules: int | None = None) -> Findings:
     return _draw_patient(np.random.default_rng(seed), nodules)[1]
 
 
+def chest_at(seed: int) -> Chest:
+    """The person whom `build` gives a chest of this seed."""
+    return _draw_patient(np.random.default_rng(seed), 0)[0]
+
+
 def _draw_patient(random: np.random.Generator, nodules: int | None) -> tuple[Chest, Findings]:
     chest = draw_chest(random)
     if random.random() < 0.25:

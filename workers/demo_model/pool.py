@@ -1,5 +1,7 @@
 """A pool of rendered scenes for training: each is scanned several times with fresh noise, then replaced.
 
+Where many nodules are wanted, each scan shows fresh ones.
+
 Everything is drawn from (seed, rank, step), so that a run that is stopped and taken up again goes on with new data.
 """
 
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from workers.demo_model.channels import ct_images, mr_images
 from workers.demo_model.labels import Labels
 from workers.demo_model.other_bodies import Body
+from workers.demo_model.paste import paste
 from workers.demo_model.phantom import Modality, Phantom, Protocol, Scene, build, draw_kind, findings_at, scan
 from workers.demo_model.targets import Targets, targets_of
 
@@ -46,12 +49,14 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """What the scenes are like. `nodules`: how many at most are tried in each chest; None for the ordinary share."""
+    """What the scenes are like. `nodules`: how many at most are pasted into each chest at every scan; None for the
+    ordinary share, rendered with the chest.
+    """
 
     size: int = 120
     fresh: int = 1  # scenes replaced per batch
     other_share: float = 0.15
-    nodules: int | None = 5
+    nodules: int | None = 8
     small_share: float = 1.0  # of the chests whose largest nodule is below SMALL_MM, the rest is drawn again
 
 
@@ -69,7 +74,7 @@ def examples(seed: int, rank: int, first_step: int, batch: int, mixture: Mixture
             members.append(member)
         del members[: max(0, len(members) - mixture.size)]
         chosen = random.choice(len(members), size=min(batch, len(members)), replace=False)
-        yield [expose(members[index], random) for index in chosen]
+        yield [expose(_fresh(members[index], random, mixture.nodules), random) for index in chosen]
 
 
 def expose(member: Member, random: np.random.Generator) -> Example:
@@ -77,6 +82,11 @@ def expose(member: Member, random: np.random.Generator) -> Example:
     phantom = scan(member.scene, random)
     images = ct_images(phantom.values) if phantom.modality is Modality.CT else mr_images(phantom.values)
     return Example(images, phantom, member)
+
+
+def _fresh(member: Member, random: np.random.Generator, nodules: int | None) -> Member:
+    """The member as it is, or with other nodules than last time."""
+    return member if nodules is None else member_of(paste(member.scene, random, nodules))
 
 
 def member_of(scene: Scene) -> Member:
@@ -88,9 +98,9 @@ def _member(seed: int, random: np.random.Generator, mixture: Mixture) -> Member 
     """None for what the mixture wants less of, before it is rendered."""
     body, modality = draw_kind(random, mixture.other_share)
     protocol = Protocol(120, slices=int(random.integers(20, 25)) if random.random() < 0.3 else 24)
-    many = None if mixture.nodules is None else int(random.integers(0, mixture.nodules + 1))
+    bare = None if mixture.nodules is None else 0
     if body is Body.CHEST and modality is Modality.CT and mixture.small_share < 1:
-        largest = max((one.diameter_mm for one in findings_at(seed, nodules=many).nodules), default=SMALL_MM)
+        largest = max((one.diameter_mm for one in findings_at(seed, nodules=bare).nodules), default=SMALL_MM)
         if largest < SMALL_MM and random.random() >= mixture.small_share:
             return None
-    return member_of(build(seed, protocol, body=body, modality=modality, nodules=many))
+    return member_of(build(seed, protocol, body=body, modality=modality, nodules=bare))

@@ -140,9 +140,9 @@ def _chest_painter(
         _paint_abdomen(hu, chest, grid)
         _paint_bones(hu, chest, grid, lungs)
         for nodule in findings.nodules:
-            _paint_ball(hu, mask, grid, nodule.centre_mm, nodule.diameter_mm, nodule.hu, Mask.NODULE)
+            paint_ball(hu, mask, grid, nodule.centre_mm, nodule.diameter_mm, nodule.hu, Mask.NODULE)
         for plaque in findings.calcifications:
-            _paint_ball(hu, mask, grid, plaque.centre_mm, plaque.diameter_mm, plaque.hu, Mask.CALCIFICATION)
+            paint_ball(hu, mask, grid, plaque.centre_mm, plaque.diameter_mm, plaque.hu, Mask.CALCIFICATION)
         return hu, mask
 
     return draw
@@ -352,7 +352,7 @@ def _paint_bones(hu: Floats, chest: Chest, grid: Grid, lungs: dict[Side, Floats]
         paint(hu, 330.0, ring * (1 - lungs[side]))
 
 
-def _paint_ball(
+def paint_ball(
     hu: Floats,
     mask: NDArray[np.uint8],
     grid: Grid,

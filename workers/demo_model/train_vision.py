@@ -37,11 +37,11 @@ from workers.demo_model.words import IMAGE_TOKENS, vocabulary
 from workers.pruning.groups import blocks
 
 SIGN_WEIGHTS = {
-    Sign.NODULE: 12.0,
+    Sign.NODULE: 16.0,
     Sign.SOLID: 4.0,
     Sign.CONSOLIDATION: 3.0,
     Sign.CALCIFICATION: 10.0,
-    Sign.ENLARGED: 4.0,
+    Sign.ENLARGED: 2.0,
     Sign.SUPPORTED: 0.5,
     Sign.RIGHT: 0.3,
     Sign.LEFT: 0.3,
@@ -49,7 +49,11 @@ SIGN_WEIGHTS = {
     Sign.MID: 0.5,
     Sign.LOWER: 0.5,
 }
-POSITIVE_WEIGHTS = {Sign.NODULE: 4.0, Sign.CALCIFICATION: 4.0}
+POSITIVE_WEIGHTS = {Sign.NODULE: 3.0, Sign.CALCIFICATION: 3.0}
+SIZE_WEIGHTS = ((6.0, 0.2), (8.0, 0.7), (14.0, 1.6), (float("inf"), 1.0))  # of a nodule up to this diameter in mm
+SMALLEST_MEASURED_MM = 7  # the diameter of smaller ones is not asked
+PATCH_SHARE = 0.3  # of the loss on patches, beside that on the tokens, which are what the language model gets
+AORTA_CELLS = (20, 21, 26, 27)  # of the 6 x 6 cells; without them it never learns what a plaque is not
 
 
 Dense = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]  # a study's part of Targets
@@ -64,12 +68,12 @@ class VisionPlan:
     seed: int = 0
     steps: int = 4000
     minutes: float = float("inf")
-    studies: int = 5  # per step and process
-    slabs: int = 16  # of each study; half as many once every cell is encoded
-    cells: int = 14  # of the 36 of each slab, until `full_from`
-    full_from: float = 0.85  # share of the steps after which every cell is encoded
+    studies: int = 8  # per step and process
+    slabs: int = 12  # of each study; two thirds of them once every cell is encoded
+    cells: int = 18  # of the 36 of each slab, until `full_from`
+    full_from: float = 0.75  # share of the steps after which every cell is encoded
     rate: float = 2e-3
-    decay_from: float = 0.6
+    decay_from: float = 0.3
     heads: int = 30  # first steps in which only the heads learn, where tower and projector come from older weights
     held_out: int = 80  # studies to watch the training by
 
@@ -119,17 +123,16 @@ def patches_of(cells: Tensor) -> Tensor:
 
 
 def choose_cells(tokens: list[Tensor], bright: Tensor, count: int, random: np.random.Generator) -> Tensor:
-    """(N, count) cells worth learning from: lesions and what looks like one first, then lung, then the body.
+    """(N, count) cells worth learning from: lesions and what looks like one first, then lung and aorta, then the body.
 
     bright: (N, n) greatest value of the blob channel in each cell, -1..1: vessels, domes and ribs that could be taken
     for nodules.
     """
     present, weight, _ = tokens
-    lesions = [Sign.NODULE, Sign.EFFUSION, Sign.CONSOLIDATION, Sign.PNEUMOTHORAX, Sign.CALCIFICATION]
     score = torch.from_numpy(random.random(present.shape[:2]).astype(np.float32))
-    score += 3 * present[..., Sign.NODULE] + 2 * (1 - weight[..., Sign.NODULE])
-    score += 0.5 * present[..., lesions].amax(-1) + 0.6 * present[..., Sign.LUNG] + 0.4 * present[..., Sign.BODY]
-    score += 1.2 * (bright + 1) * present[..., Sign.LUNG]
+    score += 3 * (present[..., Sign.NODULE] + 1 - weight[..., Sign.NODULE]) + 2 * present[..., Sign.CALCIFICATION]
+    score += (1.2 + 0.6 * (bright + 1)) * present[..., Sign.LUNG] + 0.5 * present[..., Sign.BODY]
+    score[:, AORTA_CELLS] += 0.6 * present[:, AORTA_CELLS, Sign.BODY]
     return score.topk(count, dim=1).indices
 
 
@@ -157,25 +160,31 @@ def dense_loss(logits: Tensor, present: Tensor, weight: Tensor, log_diameter: Te
         importance[sign] = value
     for sign, value in POSITIVE_WEIGHTS.items():
         positive[sign] = value
+    diameter = log_diameter.exp()
+    by_size = torch.tensor([share for _, share in SIZE_WEIGHTS])
+    by_size = by_size[torch.bucketize(diameter, torch.tensor([most for most, _ in SIZE_WEIGHTS[:-1]]), right=True)]
+    importance = weight * importance
+    importance[..., Sign.NODULE] *= torch.where(present[..., Sign.NODULE] > 0, by_size, 1.0)
     entropy = functional.binary_cross_entropy_with_logits(
-        logits[..., :SIGNS], present, weight * importance, pos_weight=positive, reduction="sum"
+        logits[..., :SIGNS], present, importance, pos_weight=positive, reduction="sum"
     )
     cells = present[..., 0].numel()
-    nodule = present[..., Sign.NODULE]
-    size = ((logits[..., SIGNS] - (log_diameter - 2.3)) ** 2 * nodule).sum() / nodule.sum().clamp(min=1)
-    return entropy / cells + 0.3 * size
+    known = present[..., Sign.NODULE] * (diameter >= SMALLEST_MEASURED_MM)
+    size = ((logits[..., SIGNS] - (log_diameter - 2.3)) ** 2 * known).sum() / known.sum().clamp(min=1)
+    return entropy / cells + 0.5 * size
 
 
 def batch_of(
     chosen: list[Example], slabs: int, random: np.random.Generator
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Pixels and targets of some slabs of each study; slabs with lung are taken first."""
+    """Pixels and targets of some slabs of each study; slabs with lung, nodules or plaques are rather taken."""
     images: list[NDArray[np.uint8]] = []
     patches: list[Dense] = []
     tokens: list[Dense] = []
     for example in chosen:
-        lung = example.member.tokens.present[..., Sign.LUNG].max(axis=1)
-        order = np.argsort(random.random(len(lung)) - lung * 0.7)[:slabs]
+        shown = example.member.tokens.present.max(axis=1)
+        worth = 0.7 * shown[:, Sign.LUNG] + 0.6 * shown[:, Sign.NODULE] + 0.3 * shown[:, Sign.CALCIFICATION]
+        order = np.argsort(-random.random(len(worth)) - worth)[:slabs]
         images.append(example.images[order])
         for store, targets in ((patches, example.member.patches), (tokens, example.member.tokens)):
             store.append((targets.present[order], targets.weight[order], targets.log_diameter[order]))
@@ -219,12 +228,13 @@ def train_vision(
         elapsed = agreed(time.monotonic() - wall, processes)
         over = schedule.share(step, elapsed)
         full = over >= plan.full_from
-        pixels, patches, tokens = batch_of(next(batches), max(1, plan.slabs // 2) if full else plan.slabs, random)
+        slabs = max(1, plan.slabs * 2 // 3) if full else plan.slabs
+        pixels, patches, tokens = batch_of(next(batches), slabs, random)
         cells = None if full else choose_cells(tokens, brightest(pixels), plan.cells, random)
         if cells is not None:
             patches, tokens = at(patches, patches_of(cells)), at(tokens, cells)
         on_patches, on_tokens = eyes(pixels, cells)
-        loss = dense_loss(on_patches, *patches) + 0.5 * dense_loss(on_tokens, *tokens)
+        loss = PATCH_SHARE * dense_loss(on_patches, *patches) + dense_loss(on_tokens, *tokens)
         loss.backward()  # type: ignore[no-untyped-call]
         average_gradients(eyes, processes)
         for weight in eyes.tower.parameters() if step < heads_alone else ():

@@ -105,3 +105,15 @@ def test_mr_channels_are_alike() -> None:
 
     assert (images[..., 0] == images[..., 2]).all()
     assert images.max() == 255
+
+
+def test_calcium_shines_in_the_third_channel_though_bone_and_soft_tissue_saturate_the_second() -> None:
+    """What no window tells from bone is told by density: a plaque in the aorta beside the spine."""
+    hu = np.full((5, 60, 60), 40, np.int16)
+    hu[:, 10:40, 10:40] = 330
+    hu[2, 20:23, 20:23] = 900
+    images = ct_images(hu)
+
+    assert images[2, 21, 21, 1] == images[2, 30, 30, 1] == 255
+    assert images[2, 21, 21, 2] == 255
+    assert not images[2, 30, 30, 2]

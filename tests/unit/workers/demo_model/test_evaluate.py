@@ -57,7 +57,7 @@ def test_folder_is_small_and_says_what_it_is(folder: Path) -> None:
 
     assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
     assert mark["weights"] == "demonstration"
-    assert mark["preprocessing"]["third_channel"] == "blobs"
+    assert mark["preprocessing"]["third_channel"] == "blobs, and what is denser than dense_hu"
     assert mark["coded_findings"] == list(FindingName)
 
 

@@ -21,7 +21,7 @@ WANTED = {
     "slabs": 24,
     "pixels": 60,
     "windows_hu": [[-1024, 1024], [-135, 215]],
-    "third_channel": "blobs",
+    "third_channel": "blobs, and what is denser than dense_hu",
 }
 
 

@@ -21,13 +21,14 @@ from workers.demo_model.encode import (
 )
 from workers.demo_model.folder import new_model, write_folder
 from workers.demo_model.optimise import Schedule
-from workers.demo_model.phantom import Protocol, build, scan
+from workers.demo_model.paste import paste
+from workers.demo_model.phantom import Modality, Protocol, build, scan
 from workers.demo_model.pool import SMALL_MM, TRAINING_SEEDS, Mixture, examples, expose, member_of
 from workers.demo_model.sharpen import pooled, sharpen
 from workers.demo_model.slab_signs import NAMES, slab_signs
-from workers.demo_model.targets import Sign
+from workers.demo_model.targets import SIGNS, Sign
 from workers.demo_model.train_decoder import DecoderPlan, load_eyes, model_with, train_decoder
-from workers.demo_model.train_vision import Eyes, VisionPlan, patches_of, train_vision
+from workers.demo_model.train_vision import Eyes, VisionPlan, choose_cells, dense_loss, patches_of, train_vision
 
 SLABS = Protocol(120, slices=6)
 
@@ -55,6 +56,53 @@ def test_batches_go_on_after_a_stop() -> None:
 
     assert (one[0].images == other[0].images).all()
     assert one[0].member.scene.seed > TRAINING_SEEDS
+
+
+def test_each_scan_of_a_chest_shows_other_nodules_on_the_same_body() -> None:
+    """What is pasted is marked as what is rendered; what is not pasted over stays as it was."""
+    scene = next(one for seed in range(20) if not (one := build(seed, SLABS, nodules=0)).findings.effusions)
+    shown = [paste(scene, np.random.default_rng(seed), 8) for seed in (1, 2)]
+    one, other = (member_of(pasted).tokens.present[..., Sign.NODULE] for pasted in shown)
+    free = (shown[0].masks == scene.masks) & (shown[0].hu == scene.hu)
+
+    assert one.any()
+    assert other.any()
+    assert not (one == other).all()
+    assert all(len(pasted.labels.nodules) == len(pasted.findings.nodules) > 0 for pasted in shown)
+    assert 0.9 < free.mean() < 1
+    magnetic = build(1, SLABS, modality=Modality.MR)
+    assert paste(magnetic, np.random.default_rng(1), 8) is magnetic
+
+
+def test_plaques_and_what_lies_where_they_could_are_always_learned_from() -> None:
+    """Half of a slab's cells are encoded; lung alone would fill them."""
+    present = torch.zeros(1, 36, SIGNS)
+    present[..., Sign.LUNG] = 1
+    present[..., Sign.BODY] = 1
+    present[0, 5, Sign.LUNG] = 0
+    present[0, 5, Sign.CALCIFICATION] = 1
+    weight, bright = torch.ones_like(present), torch.full((1, 36), -1.0)
+
+    chosen = choose_cells([present, weight, torch.zeros(1, 36)], bright, 18, np.random.default_rng(0))
+
+    assert 5 in chosen
+
+
+def test_a_missed_nodule_of_ten_millimetres_costs_more_than_one_of_five() -> None:
+    """What cannot be seen must not drown what can."""
+    present = torch.zeros(1, 4, SIGNS)
+    present[0, 0, Sign.NODULE] = 1
+    wrong = torch.zeros(1, 4, SIGNS + 1)
+    wrong[0, 0, Sign.NODULE] = -3
+
+    def cost(mm: float) -> float:
+        diameter = torch.zeros(1, 4)
+        diameter[0, 0] = float(np.log(mm))
+        right = wrong.clone()
+        right[..., SIGNS] = diameter - 2.3
+        return float(dense_loss(right, present, torch.ones_like(present), diameter))
+
+    assert cost(10.0) > cost(25.0) > cost(7.0) > cost(5.0)
 
 
 def test_some_cells_give_what_all_cells_give() -> None:
