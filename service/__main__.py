@@ -168,7 +168,7 @@ def _made_ready(settings: Settings, stop: Event, ready: Event) -> sessionmaker[S
 
 def _receive(settings: Settings, stop: Event) -> None:
     try:
-        receive.receive(settings, stop)
+        receive.receive(settings, stop.wait)
     except receive.CannotReceive as error:
         raise _fail(str(error)) from error
 

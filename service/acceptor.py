@@ -14,6 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from threading import Event, Lock, Thread
@@ -196,7 +197,8 @@ class Acceptor:
         """Stop listening, let associations finish for `grace_s`, abort the rest and return how many those were."""
         self._stopping.set()
         for listener in self._listeners:
-            listener.transport.shutdown(socket.SHUT_RDWR)  # wakes accept()
+            with suppress(OSError):  # a copy of this process was first
+                listener.transport.shutdown(socket.SHUT_RDWR)  # wakes accept()
         for thread in self._threads:
             thread.join()
         for listener in self._listeners:

@@ -10,10 +10,9 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from threading import Event
 
 from service.certificates import CertificateError
 from service.children import fork
@@ -24,14 +23,18 @@ from service.spool import Spool, SpoolInUse
 
 GRACE_S = 20.0  # for open associations, once the program is to end
 WATCH_S = 0.2  # how often the copies are looked at
+ENDS = {signal.SIGTERM, signal.SIGINT}
 
 
 class CannotReceive(Exception):
     """The port or the spool is somebody else's; the message names which, and where it is configured."""
 
 
-def receive(settings: Settings, stop: Event) -> None:
-    """Receive until `stop`; CannotReceive when it cannot begin, or go on."""
+def receive(settings: Settings, is_over: Callable[[float], bool]) -> None:
+    """Receive until `is_over`, which waits for so many seconds at most and answers.
+
+    CannotReceive when it cannot begin, or go on.
+    """
     spool = Spool(spool_folder(settings), int(settings.spool.min_free_gb * 1e9))
     try:
         vouching = frozenset(
@@ -46,11 +49,11 @@ def receive(settings: Settings, stop: Event) -> None:
     except (SpoolInUse, OSError) as error:
         text = str(error) if isinstance(error, SpoolInUse) else error.strerror
         raise CannotReceive(f"[scp] {settings.scp.host}:{settings.scp.port}: {text}") from error
-    run(receiver, settings.scp.processes, stop)
+    run(receiver, settings.scp.processes, is_over)
 
 
-def run(receiver: Receiver, number: int, stop: Event) -> None:
-    """Accept what comes to a receiver that listens, in so many processes, until `stop`.
+def run(receiver: Receiver, number: int, is_over: Callable[[float], bool]) -> None:
+    """Accept what comes to a receiver that listens, in so many processes, until `is_over`, which each of them asks.
 
     They share its ports and its limits. Python runs one thread at a time, and eight associations in one process take
     twice the processor time of one. When one of them dies, all end: what it had open is recovered by the next start
@@ -59,18 +62,21 @@ def run(receiver: Receiver, number: int, stop: Event) -> None:
 
     def accept() -> None:
         receiver.start()
-        stop.wait()
+        while not is_over(WATCH_S):
+            pass
         receiver.stop(GRACE_S)
 
     copies = {fork(accept) for _ in range(number - 1)}
     receiver.start()
-    while not stop.wait(WATCH_S):
-        for copy in copies:
-            ended, status = os.waitpid(copy, os.WNOHANG)
-            if ended:
-                _send(copies - {copy}, signal.SIGKILL)
-                receiver.stop(0.0)
-                raise CannotReceive(f"a process of the receiver ended ({status}); start it again")
+    while not is_over(WATCH_S):
+        ended = {copy for copy in copies if os.waitpid(copy, os.WNOHANG)[0]}
+        copies -= ended
+        if ended:
+            if is_over(0):  # what ends us has ended them a moment before
+                break
+            _send(copies, signal.SIGKILL)
+            receiver.stop(0.0)
+            raise CannotReceive("one of the receiver's processes ended; start it again")
     _send(copies, signal.SIGTERM)
     receiver.stop(GRACE_S)
     for copy in copies:
@@ -86,14 +92,13 @@ def _send(copies: Iterable[int], number: signal.Signals) -> None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m service.receive", description="Receive until SIGTERM.")
     parser.add_argument("--config", type=Path, help="configuration file; without it, ./config.toml if any")
-    stop = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    # waited for instead of handled: a handler may interrupt the thread that holds what it needs, for ever
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
     try:
         settings = load(parser.parse_args(arguments).config, os.environ)
         set_up_logging(settings.log, role="receive")
         settings.data.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        receive(settings, stop)
+        receive(settings, lambda timeout_s: signal.sigtimedwait(ENDS, timeout_s) is not None)
     except (ConfigurationError, CannotReceive) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

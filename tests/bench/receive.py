@@ -133,7 +133,7 @@ def serve(folder: str, port: str) -> None:
     subprocess.Popen([sys.executable, "-m", "tests.bench.receive", "ingest", folder, str(os.getpid())])
     receiver = Receiver(scp, (), spool)
     receiver.listen()
-    run(receiver, scp.processes, Event())
+    run(receiver, scp.processes, Event().wait)
 
 
 def take_in(folder: str, parent: str) -> None:

@@ -520,8 +520,7 @@ def test_dcmsend_sends_a_mixed_folder(dcmtk_receiver: Running, tmp_path: Path) -
 RECEIVER_PROGRAM = """
 import signal, sys
 from pathlib import Path
-from threading import Event
-from service.receive import run
+from service.receive import ENDS, run
 from service.receiver import Receiver
 from service.shared.log import set_up_logging
 from service.shared.settings import LogSettings, ScpSettings, SourceSettings
@@ -531,9 +530,8 @@ scp = ScpSettings.model_validate_json(sys.argv[2])
 receiver = Receiver(scp, (SourceSettings(ae_title="SENDER"),), Spool(Path(sys.argv[1]), 0))
 receiver.listen()
 print(receiver.port, flush=True)
-stop = Event()
-signal.signal(signal.SIGTERM, lambda *_: stop.set())
-run(receiver, scp.processes, stop)
+signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+run(receiver, scp.processes, lambda timeout_s: signal.sigtimedwait(ENDS, timeout_s) is not None)
 """
 
 
@@ -568,7 +566,7 @@ def send_until_cut(
 
 @pytest.mark.kills
 def test_receiver_ends_with_any_of_its_processes_and_begins_again(tmp_path: Path) -> None:
-    """What a killed copy had open is recovered by a start alone; nobody goes on half deaf."""
+    """What a killed copy had open is recovered by a start alone, nobody goes on half deaf; a planned end is clean."""
     process, port = start_receiver(tmp_path / "spool", processes=3)
     associations = [associate(port) for _ in range(6)]
     assert [send_instance(one, instance(number)) for number, one in enumerate(associations)] == [0x0000] * 6
@@ -582,7 +580,8 @@ def test_receiver_ends_with_any_of_its_processes_and_begins_again(tmp_path: Path
     again, port = start_receiver(tmp_path / "spool", processes=3)
     assert send_instance(associate(port), instance(6)) == 0x0000
     again.send_signal(signal.SIGTERM)
-    again.wait(40)
+    assert again.wait(40) == 0
+    assert list((tmp_path / "spool" / "incoming").glob("*.slot")) == []
     assert [receipt.sop_instance_uid for receipt in receipts(Spool(tmp_path / "spool", 0))] == [
         f"{STUDY_UID}.1.{number}" for number in range(7)
     ]
