@@ -21,14 +21,14 @@ from threading import Event
 
 import structlog
 from pydicom import Dataset, dcmread
-from pydicom.filereader import read_dataset
-from pydicom.tag import BaseTag, Tag
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
+from pydicom.tag import Tag
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 from sqlalchemy import select
 from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import commitment_requests, custody
+from service.instance_header import read_elements
 from service.shared import audit, transitions
 from service.shared.audit import AuditKind
 from service.shared.db import Instance, Result, Study, StudyHeader, StudyState
@@ -56,7 +56,7 @@ HEADER = (
     "ContributingEquipmentSequence",
 )
 
-HEADER_TAGS = sorted(Tag(keyword) for keyword in HEADER)
+HEADER_TAGS = sorted(int(Tag(keyword)) for keyword in HEADER)
 
 IDENTITY = ("patient_id", "issuer_of_patient_id", "patient_name", "patient_birth_date")  # columns of StudyHeader
 MAX_DEVICES = 100  # contributing equipment that is compared with ours; more is no real object
@@ -478,20 +478,10 @@ def _header(path: Path, transfer_syntax_uid: str) -> Dataset:
         if transfer_syntax_uid == DeflatedExplicitVRLittleEndian:
             return dcmread(path, specific_tags=list(HEADER), stop_before_pixels=True, force=True)
         with open_data_set(path) as stream:  # what its file meta information says, the receipt says too
-            return read_dataset(
-                stream,
-                is_implicit_VR=transfer_syntax_uid == ImplicitVRLittleEndian,
-                is_little_endian=transfer_syntax_uid != ExplicitVRBigEndian,
-                stop_when=_is_past_the_header,
-                specific_tags=list(HEADER_TAGS),
-            )
+            return read_elements(stream, transfer_syntax_uid, HEADER_TAGS)
     except Exception as error:  # noqa: BLE001  # pydicom raises whatever a broken header makes it raise
         log.warning("header_unreadable", file=path.name, error=explain_exception(error))
         return Dataset()
-
-
-def _is_past_the_header(tag: BaseTag, _vr: str | None, _length: int) -> bool:
-    return bool(tag > HEADER_TAGS[-1])
 
 
 def _text(header: Dataset, keyword: str) -> str:

@@ -13,6 +13,7 @@ from io import BytesIO
 from threading import Lock
 from typing import BinaryIO, cast
 
+from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
@@ -105,13 +106,7 @@ def read_header(data_set: BinaryIO, transfer_syntax_uid: str) -> Header:
         deflated = transfer_syntax_uid == DeflatedExplicitVRLittleEndian
         stream = _inflated(data_set) if deflated else _Bounded(data_set)
         try:
-            elements = read_dataset(
-                cast(BinaryIO, stream),
-                is_implicit_VR=transfer_syntax_uid == ImplicitVRLittleEndian,
-                is_little_endian=transfer_syntax_uid != ExplicitVRBigEndian,
-                stop_when=_is_past_the_header,
-                specific_tags=list(_HEADER_TAGS.values()),
-            )
+            elements = read_elements(cast(BinaryIO, stream), transfer_syntax_uid, list(_HEADER_TAGS.values()))
             # raw, so that pydicom neither checks nor quotes a value
             found = {name: elements.get_item(tag) for name, tag in _HEADER_TAGS.items()}
         except Exception as error:  # noqa: BLE001  pydicom raises whatever the bytes lead it to
@@ -120,6 +115,24 @@ def read_header(data_set: BinaryIO, transfer_syntax_uid: str) -> Header:
     if not any(values.values()):
         raise Unreadable("no identifying attribute")
     return _header(values)
+
+
+def read_elements(data_set: BinaryIO, transfer_syntax_uid: str, tags: list[int]) -> Dataset:
+    """Of an encoded data set that is not deflated, from where it stands, these elements alone, raw; `tags` ascend.
+
+    Reads nothing behind the last one. Raises whatever the bytes lead pydicom to.
+    """
+
+    def is_past_them(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+        return bool(tag > tags[-1])
+
+    return read_dataset(
+        data_set,
+        is_implicit_VR=transfer_syntax_uid == ImplicitVRLittleEndian,
+        is_little_endian=transfer_syntax_uid != ExplicitVRBigEndian,
+        stop_when=is_past_them,
+        specific_tags=tags,
+    )
 
 
 class _Bounded:
@@ -145,10 +158,6 @@ def _header(values: dict[str, str]) -> Header:
     if not _MODALITY.fullmatch(values["modality"]):
         values["modality"] = ""
     return Header(**values)
-
-
-def _is_past_the_header(tag: BaseTag, _vr: str | None, _length: int) -> bool:
-    return bool(tag > _LAST_TAG)
 
 
 def _text(value: object) -> str:

@@ -252,13 +252,13 @@ class Spool:
         try again.
         """
         digest = draft.digest()
-        name = f"{key(arrival.sop_instance_uid)}-{digest[:KEY_LENGTH]}.dcm"
+        file_name = f"{key(arrival.sop_instance_uid)}-{digest[:KEY_LENGTH]}.dcm"
         receipt = Receipt(
             **{name: getattr(arrival, name) for name in _ARRIVAL_FIELDS},
             received_at=received_at,
             sha256=digest,
             size_bytes=draft.size_bytes,
-            path=f"studies/{key(arrival.study_uid)}/{name}",
+            path=f"studies/{key(arrival.study_uid)}/{file_name}",
         )
         try:
             draft.finish(receipt.to_json())

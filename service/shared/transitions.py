@@ -283,13 +283,9 @@ def hand_back(session: Session, analysis: Analysis, *, now: datetime, actor: str
     """running -> queued without counting the attempt: its worker was ended by a planned stop, not by the study."""
     changed = took_place(
         session,
-        update(Analysis)
-        .where(
-            Analysis.id == analysis.id,
-            Analysis.state == AnalysisState.RUNNING,
-            Analysis.fence == analysis.fence,
-        )
-        .values(state=AnalysisState.QUEUED, attempts=Analysis.attempts - 1, lease_until=None, rung_at=None),
+        _running_under(analysis.id, analysis.fence).values(
+            state=AnalysisState.QUEUED, attempts=Analysis.attempts - 1, lease_until=None, rung_at=None
+        ),
     )
     if changed:
         audit.append(
@@ -308,14 +304,7 @@ def end_lease(session: Session, analysis: Analysis, *, now: datetime) -> bool:
     """Whoever runs it has died: what it holds may be claimed at once, and counts as an attempt as ever."""
     return took_place(
         session,
-        update(Analysis)
-        .where(
-            Analysis.id == analysis.id,
-            Analysis.state == AnalysisState.RUNNING,
-            Analysis.fence == analysis.fence,
-            Analysis.lease_until > now,
-        )
-        .values(lease_until=now),
+        _running_under(analysis.id, analysis.fence).where(Analysis.lease_until > now).values(lease_until=now),
     )
 
 
@@ -532,10 +521,13 @@ def _acquisition(analysis_id: int, output: AnalysisOutput, now: datetime) -> Acq
 
 
 def _held_by(claim: Claim) -> Update:
+    return _running_under(claim.analysis_id, claim.fence)
+
+
+def _running_under(analysis_id: int, fence: int) -> Update:
+    """While it runs, and nobody else has claimed it since."""
     return update(Analysis).where(
-        Analysis.id == claim.analysis_id,
-        Analysis.state == AnalysisState.RUNNING,
-        Analysis.fence == claim.fence,
+        Analysis.id == analysis_id, Analysis.state == AnalysisState.RUNNING, Analysis.fence == fence
     )
 
 
