@@ -13,29 +13,30 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import structlog
 from pydicom import Dataset, dcmread
 from pydicom.tag import Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import commitment_requests, custody
-from service.instance_header import read_elements
+from service.instance_header import PREFIX_BYTES, read_elements, walk_elements
 from service.shared import audit, transitions
 from service.shared.audit import AuditKind
 from service.shared.db import Instance, Result, Study, StudyHeader, StudyState
 from service.shared.durable import digest
 from service.shared.log import explain_exception
 from service.shared.settings import Settings, for_route, routes
-from service.spool import Receipt, ReceiptError, Spool, key, open_data_set
+from service.spool import Receipt, ReceiptError, Spool, first_bytes, key, open_data_set
 
 ACTOR = "service/ingest"
 BATCH = 100  # receipts per transaction
@@ -251,6 +252,8 @@ def take(
         study = _study(session, known, receipt, now, held=held)
         kind = _take_one(session, known, study, receipt, spool, modalities, now)
         events.setdefault((study.id, receipt.association_id, kind), []).append(receipt)
+    if known.added:
+        session.execute(insert(Instance), known.added)
     for (study_id, association_id, kind), group in events.items():
         audit.append(
             session,
@@ -278,6 +281,8 @@ class _Known:
     headers: dict[int, StudyHeader]  # by study
     digests: dict[tuple[int, str], list[str]]  # by study and SOP Instance UID
     results: frozenset[str]  # SOP Instance UIDs of ours
+    headers_read: dict[tuple[object, ...], _Header] = field(default_factory=dict)  # by their encoded values
+    added: list[dict[str, Any]] = field(default_factory=list)  # rows of instances, written at once in the end
 
 
 def _look_up(session: Session, receipts: Sequence[Receipt]) -> _Known:
@@ -316,30 +321,30 @@ def _take_one(
         return AuditKind.INSTANCES_RECEIVED_AGAIN
     is_conflicting = bool(digests)
     digests.append(receipt.sha256)
-    header = _header(spool.path / receipt.path, receipt.transfer_syntax_uid)
-    own = receipt.sop_instance_uid in known.results or _is_from_own_device(session, header)
-    is_image = receipt.modality in modalities and "Rows" in header and not own
+    header = _header(spool.path / receipt.path, receipt.transfer_syntax_uid, known.headers_read)
+    own = receipt.sop_instance_uid in known.results or _is_from_own_device(session, header.devices)
+    is_image = receipt.modality in modalities and header.has_rows and not own
     if is_image:
         _open(session, known, study, header, receipt, now)
-    session.add(
-        Instance(
-            study_id=study.id,
-            series_uid=receipt.series_uid,
-            sop_instance_uid=receipt.sop_instance_uid,
-            sop_class_uid=receipt.sop_class_uid,
-            transfer_syntax_uid=receipt.transfer_syntax_uid,
-            modality=receipt.modality[:16],
-            sha256=receipt.sha256,
-            size_bytes=receipt.size_bytes,
-            path=receipt.path,
-            received_at=receipt.received_at,
-            revision=study.revision,
-            is_image=is_image,
-            is_conflicting=is_conflicting,
-            calling_ae=receipt.calling_ae,
-            called_ae=receipt.called_ae,
-            peer_address=receipt.peer_address,
-        )
+    known.added.append(
+        {
+            "study_id": study.id,
+            "series_uid": receipt.series_uid,
+            "sop_instance_uid": receipt.sop_instance_uid,
+            "sop_class_uid": receipt.sop_class_uid,
+            "transfer_syntax_uid": receipt.transfer_syntax_uid,
+            "modality": receipt.modality[:16],
+            "sha256": receipt.sha256,
+            "size_bytes": receipt.size_bytes,
+            "path": receipt.path,
+            "received_at": receipt.received_at,
+            "revision": study.revision,
+            "is_image": is_image,
+            "is_conflicting": is_conflicting,
+            "calling_ae": receipt.calling_ae,
+            "called_ae": receipt.called_ae,
+            "peer_address": receipt.peer_address,
+        }
     )
     study.instances += 1
     study.size_bytes += receipt.size_bytes
@@ -375,13 +380,13 @@ def _study(session: Session, known: _Known, receipt: Receipt, now: datetime, *, 
     return study
 
 
-def _open(session: Session, known: _Known, study: Study, header: Dataset, receipt: Receipt, now: datetime) -> None:
+def _open(session: Session, known: _Known, study: Study, header: _Header, receipt: Receipt, now: datetime) -> None:
     """An image instance: compare its patient with the study's, open the study, move its clock."""
     present = known.headers.get(study.id)
     if present is None:
-        present = known.headers[study.id] = _study_header(study.id, header, salt=secrets.token_hex(16))
+        present = known.headers[study.id] = _study_header(study.id, header.content, salt=secrets.token_hex(16))
         session.add(present)
-    elif are_different(_patient(present), arrived := _patient_of(header)):
+    elif are_different(_patient(present), arrived := header.patient):
         if not study.patient_mismatch:
             study.patient_mismatch = True
             audit.append(session, AuditKind.PATIENT_MISMATCH, now=now, actor=ACTOR, study_id=study.id)
@@ -454,9 +459,8 @@ def _patient_of(header: Dataset) -> Patient:
     )
 
 
-def _is_from_own_device(session: Session, header: Dataset) -> bool:
+def _is_from_own_device(session: Session, devices: Sequence[str]) -> bool:
     """One of our results came back under another UID: the device that says it contributed is one of ours."""
-    devices = _devices(header)
     if not devices:
         return False
     return session.scalar(select(Result.id).where(Result.device_uid.in_(devices)).limit(1)) is not None
@@ -472,8 +476,32 @@ def _devices(header: Dataset) -> list[str]:
     return [uid for uid in found if uid][:MAX_DEVICES]
 
 
-def _header(path: Path, transfer_syntax_uid: str) -> Dataset:
-    """The attributes ingest looks at; empty when unreadable, for the instance was acknowledged all the same."""
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """What ingest looks at of an instance."""
+
+    content: Dataset
+    patient: Patient
+    devices: Sequence[str]  # UIDs of those that say they contributed
+    has_rows: bool
+
+
+def _header(path: Path, transfer_syntax_uid: str, read: dict[tuple[object, ...], _Header]) -> _Header:
+    """Decoded once for all instances in which the same bytes stand, most of a series; goes into `read` for that."""
+    prefix = b"" if transfer_syntax_uid == DeflatedExplicitVRLittleEndian else first_bytes(path, PREFIX_BYTES)
+    walked = walk_elements(prefix, transfer_syntax_uid, HEADER_TAGS)
+    encoded = None if walked is None else (transfer_syntax_uid, *walked.items())
+    if encoded in read:
+        return read[encoded]
+    content = _read(path, transfer_syntax_uid)
+    header = _Header(content, _patient_of(content), _devices(content), "Rows" in content)
+    if encoded is not None:
+        read[encoded] = header
+    return header
+
+
+def _read(path: Path, transfer_syntax_uid: str) -> Dataset:
+    """The attributes of HEADER; empty when unreadable, for the instance was acknowledged all the same."""
     try:
         if transfer_syntax_uid == DeflatedExplicitVRLittleEndian:
             return dcmread(path, specific_tags=list(HEADER), stop_before_pixels=True, force=True)

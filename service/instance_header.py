@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from io import BytesIO
 from threading import Lock
@@ -32,7 +33,6 @@ _HEADER_TAGS = {
     "series_uid": 0x0020000E,
 }
 _NAMES = {tag: name for name, tag in _HEADER_TAGS.items()}
-_LAST_TAG = _HEADER_TAGS["series_uid"]
 _MODALITY = re.compile(r"[A-Z0-9_ ]{0,16}")  # CS
 _SHORT_VRS = frozenset(
     b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split()  # 16 bits of length (PS3.5 7.1.2)
@@ -59,6 +59,19 @@ class Unreadable(Exception):
 
 def walk_header(prefix: bytes, transfer_syntax_uid: str) -> Header | None:
     """The header, when the first bytes of the data set hold all of it in plain order; None says nothing."""
+    found = walk_elements(prefix, transfer_syntax_uid, _NAMES)
+    if found is None or len(found) < len(_NAMES):
+        return None
+    return _header({name: _text(found[tag][1]) for name, tag in _HEADER_TAGS.items()})
+
+
+def walk_elements(
+    prefix: bytes, transfer_syntax_uid: str, tags: Collection[int]
+) -> dict[int, tuple[bytes, bytes]] | None:
+    """VR and value of those elements that are there, as they are encoded; no VR where it is implicit.
+
+    None, which says nothing, unless the first bytes of the data set hold all up to the last of them in plain order.
+    """
     if transfer_syntax_uid == DeflatedExplicitVRLittleEndian:
         return None
     big = transfer_syntax_uid == ExplicitVRBigEndian
@@ -68,19 +81,19 @@ def walk_header(prefix: bytes, transfer_syntax_uid: str) -> Header | None:
         struct.Struct(">L" if big else "<L").unpack_from,
         struct.Struct(">H" if big else "<H").unpack_from,
     )
-    values: dict[str, str] = {}
-    place, size, before = 0, len(prefix), 0
+    values: dict[int, tuple[bytes, bytes]] = {}
+    place, size, before, last = 0, len(prefix), 0, max(tags)
     while place + 12 <= size:
         group, element = tag_of(prefix, place)
         tag = group << 16 | element
         if tag <= before:  # pydicom decides what elements out of order mean
             return None
         before = tag
-        if tag > _LAST_TAG:
+        if tag > last:
             break
         vr = prefix[place + 4 : place + 6]
         if implicit:
-            (length,), place = long_of(prefix, place + 4), place + 8
+            (length,), place, vr = long_of(prefix, place + 4), place + 8, b""
         elif vr in _SHORT_VRS:
             (length,), place = short_of(prefix, place + 6), place + 8
         elif vr in _LONG_VRS:
@@ -89,12 +102,10 @@ def walk_header(prefix: bytes, transfer_syntax_uid: str) -> Header | None:
             return None
         if length == _UNDEFINED_LENGTH:
             return None
-        if tag in _NAMES:
-            values[_NAMES[tag]] = _text(prefix[place : place + length])
+        if tag in tags:
+            values[tag] = vr, prefix[place : place + length]
         place += length
-    if before < _LAST_TAG or place > size or len(values) < len(_HEADER_TAGS):
-        return None
-    return _header(values)
+    return values if before >= last and place <= size else None
 
 
 def read_header(data_set: BinaryIO, transfer_syntax_uid: str) -> Header:

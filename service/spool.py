@@ -57,6 +57,7 @@ KEY_LENGTH = 24  # hexadecimal digits, 96 bits
 COMMITTED = "committed"
 CLAIM_AGAIN_S = 0.02
 RECEIPT_BYTES = 1536  # the longest receipt has about 1100
+HEADER_BYTES = 1 << 12  # more than preamble and file meta information have
 META_BYTES = 144  # preamble, prefix and group length: what stands before the other file meta information
 CHECK_SPACE_EVERY_BYTES = 64 << 20  # of an instance that is arriving
 
@@ -328,8 +329,7 @@ class Spool:
         for path, receipt in receipts:
             if path.suffix == ".dcm":
                 target = self.path / receipt.path
-                if _data_set_bytes(target) != receipt.size_bytes:
-                    self._link(path, target)
+                self._link(path, target, receipt.size_bytes)
                 folders.add(target.parent)
         for folder in (*folders, self._studies):
             sync_folder(folder)
@@ -339,8 +339,11 @@ class Spool:
 
         Safe to repeat. Not synced: what comes back after a power cut is a duplicate to ingest.
         """
+        if path.suffix == ".dcm":
+            path.unlink(missing_ok=True)
+            return
         beside = (self.path / receipt.path).with_suffix(".json")
-        if path.suffix == ".dcm" or beside.exists() or not beside.parent.is_dir():
+        if beside.exists() or not beside.parent.is_dir():
             path.unlink(missing_ok=True)
         elif path.exists():
             path.rename(beside)
@@ -459,15 +462,18 @@ class Spool:
         except ReceiptError:
             return _study_uid(path) == study_uid
 
-    def _link(self, source: Path, target: Path) -> None:
-        """A second name for a durable instance, instead of whatever damaged copy has that name."""
+    def _link(self, source: Path, target: Path, size_bytes: int) -> None:
+        """A second name for a durable instance, instead of whatever damaged copy has that name.
+
+        size_bytes: of its data set.
+        """
         try:
             os.link(source, target)
         except FileNotFoundError:  # the first of its study, or retention removed the empty folder
             target.parent.mkdir(mode=0o700, exist_ok=True)
             os.link(source, target)
         except FileExistsError:
-            if _data_set_bytes(target) != _data_set_bytes(source):
+            if _data_set_bytes(target) != size_bytes:
                 beside = self._tmp / f"{source.name}.link"
                 os.link(source, beside)
                 beside.replace(target)
@@ -585,6 +591,13 @@ def file_header(sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: 
     return bytes(128) + b"DICM" + struct.pack("<HH2sHL", 0x0002, 0x0000, b"UL", 4, len(elements)) + elements
 
 
+def first_bytes(path: Path, size_bytes: int) -> bytes:
+    """Of an instance, how its data set begins: at most so many bytes."""
+    content = _start_of(path, HEADER_BYTES + size_bytes)
+    start = len(_header_in(content))
+    return content[start : start + size_bytes]
+
+
 def open_data_set(path: Path) -> BinaryIO:
     """An instance, from the beginning of its data set on; the caller closes it."""
     stream = path.open("rb")
@@ -657,14 +670,23 @@ def _has_receipt(path: Path | str) -> bool:
 
 def _header_of(path: Path | str) -> bytes:
     """Preamble and file meta information of an instance; empty for anything else."""
+    return _header_in(_start_of(path, HEADER_BYTES))
+
+
+def _start_of(path: Path | str, size_bytes: int) -> bytes:
+    """At most so many bytes of a file; none where there is no file."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return b""
     try:
-        content = os.read(descriptor, 1 << 12)
+        return os.read(descriptor, size_bytes)
     finally:
         os.close(descriptor)
+
+
+def _header_in(content: bytes) -> bytes:
+    """Preamble and file meta information at the start of a file's first bytes."""
     if len(content) < META_BYTES or content[128:140] != _META_START:
         return b""
     size = META_BYTES + int.from_bytes(content[140:144], "little")

@@ -7,13 +7,14 @@ import tracemalloc
 import zlib
 from datetime import UTC, datetime
 from io import BytesIO
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom import config
 from pydicom.datadict import tag_for_keyword
-from pydicom.dataelem import DataElement
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
@@ -32,7 +33,8 @@ from pynetdicom import AllStoragePresentationContexts
 
 from service import instance_header
 from service.acceptor import Peer, Refusal
-from service.instance_header import Header, Unreadable, read_header, walk_header
+from service.assembly import HEADER_TAGS
+from service.instance_header import Header, Unreadable, read_elements, read_header, walk_elements, walk_header
 from service.receiver import (
     TRANSFER_SYNTAXES,
     Status,
@@ -115,6 +117,22 @@ def test_walk_over_the_first_bytes_never_contradicts_the_reading(content: bytes,
         walked = walk_header(changed[:end], syntax)
 
         assert walked is None or walked == read_header(BytesIO(changed), syntax)
+
+
+@given(content=st.binary(max_size=100), place=st.integers(0, 500), end=st.integers(0, 1400))
+def test_walk_for_any_elements_never_contradicts_the_reading(content: bytes, place: int, end: int) -> None:
+    """Ingest compares what the walk gives, and decodes it once where the same bytes stand."""
+    honest = encode(instance())
+    changed = honest[:place] + content + honest[place + len(content) :]
+    for syntax in (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian):
+        walked = walk_elements(changed[:end], syntax, HEADER_TAGS)
+        if walked is not None:
+            read = read_elements(BytesIO(changed), syntax, HEADER_TAGS)
+            elements = {tag: cast(RawDataElement, read.get_item(tag)) for tag in HEADER_TAGS if tag in read}
+
+            assert {tag: (element.VR or "", element.value or b"") for tag, element in elements.items()} == {
+                tag: (vr.decode(), value) for tag, (vr, value) in walked.items()
+            }
 
 
 def test_value_without_end_takes_no_memory() -> None:
