@@ -16,6 +16,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Annotated
 
@@ -119,12 +120,13 @@ def serve(
     """Run the service in the foreground until SIGTERM, with one worker."""
     settings = _load(config)
     set_up_logging(settings.log, role=role or "serve")
-    stop = _stop_on_signal()
     settings.data.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if role is Role.RECEIVE:
+        _receive(settings)
+        return
+    stop = _stop_on_signal()
     if role is None:
         _serve_all(settings, config, stop, with_worker=not no_worker)
-    elif role is Role.RECEIVE:
-        _receive(settings, stop)
     else:
         sessions = _sessions_when_ready(settings, stop)
         if sessions is not None:
@@ -166,9 +168,9 @@ def _made_ready(settings: Settings, stop: Event, ready: Event) -> sessionmaker[S
     return sessions
 
 
-def _receive(settings: Settings, stop: Event) -> None:
+def _receive(settings: Settings) -> None:
     try:
-        receive.receive(settings, stop.wait)
+        receive.receive(settings, receive.wait_for_signals())
     except receive.CannotReceive as error:
         raise _fail(str(error)) from error
 
@@ -727,9 +729,20 @@ def _fail(message: str) -> SystemExit:
 
 
 def _stop_on_signal() -> Event:
+    """Set by SIGTERM or SIGINT.
+
+    By a thread of its own: a handler that sets it would wait for ever where it interrupts who is about to wait for it.
+    """
     stop = Event()
+    arrived: SimpleQueue[None] = SimpleQueue()  # which a handler may use wherever it interrupts
+
+    def heed() -> None:
+        arrived.get()
+        stop.set()
+
+    Thread(target=heed, name="signals", daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: arrived.put(None))
     return stop
 
 

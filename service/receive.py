@@ -83,6 +83,15 @@ def run(receiver: Receiver, number: int, is_over: Callable[[float], bool]) -> No
         os.waitpid(copy, 0)
 
 
+def wait_for_signals() -> Callable[[float], bool]:
+    """What waits for SIGTERM or SIGINT for so many seconds at most, and answers; before any thread or copy is made.
+
+    They are not handled from now on: a handler may interrupt the thread that holds what it needs, for ever.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    return lambda timeout_s: signal.sigtimedwait(ENDS, timeout_s) is not None
+
+
 def _send(copies: Iterable[int], number: signal.Signals) -> None:
     for process in copies:
         with suppress(ProcessLookupError):
@@ -92,13 +101,12 @@ def _send(copies: Iterable[int], number: signal.Signals) -> None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m service.receive", description="Receive until SIGTERM.")
     parser.add_argument("--config", type=Path, help="configuration file; without it, ./config.toml if any")
-    # waited for instead of handled: a handler may interrupt the thread that holds what it needs, for ever
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    is_over = wait_for_signals()
     try:
         settings = load(parser.parse_args(arguments).config, os.environ)
         set_up_logging(settings.log, role="receive")
         settings.data.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        receive(settings, lambda timeout_s: signal.sigtimedwait(ENDS, timeout_s) is not None)
+        receive(settings, is_over)
     except (ConfigurationError, CannotReceive) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
