@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional
 from transformers import Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from service.shared.messages import Aspect, FindingName
 from workers.demo_model.encode import Places, Shown
@@ -48,6 +50,7 @@ PARTING_WORDS = frozenset(
 )
 CHEST_CT_SHARE = 0.3  # of the chest CTs that are asked whether they are one
 CODED_FINDINGS = tuple(FindingName)
+FLOAT_ATTENTION = "float32"  # our name for it in transformers
 WATCHED_LAYER = 1  # the first that sees every slab; two more can still read what it gathered
 
 
@@ -225,8 +228,15 @@ class Run:
     early: Tensor
 
 
-def run_rows(model: Gemma3ForConditionalGeneration, writer: Writer, rows: Sequence[Row], shown: Sequence[Shown]) -> Run:
-    """Through the language model once."""
+def run_rows(
+    model: Gemma3ForConditionalGeneration,
+    writer: Writer,
+    rows: Sequence[Row],
+    shown: Sequence[Shown],
+    *,
+    half: bool = False,
+) -> Run:
+    """Through the language model once; `half`: its layers in bfloat16, on weights that stay float32."""
     ids = padded([row.ids for row in rows], 0)
     position = padded([row.position for row in rows], 0)
     image = ids == writer.number(IMAGE_TOKENS["image_token"])
@@ -235,18 +245,43 @@ def run_rows(model: Gemma3ForConditionalGeneration, writer: Writer, rows: Sequen
     language: Any = model.model.language_model
     caught: list[Any] = []
     handle = language.layers[WATCHED_LAYER].register_forward_hook(lambda module, inputs, result: caught.append(result))
+    given = {
+        "inputs_embeds": embedded.masked_scatter(image[..., None], features),
+        "attention_mask": masks(
+            padded([row.branch for row in rows], -1), position, image, language.config.sliding_window
+        ),
+        "position_ids": position,
+        "use_cache": False,
+    }
     try:
-        hidden = model.model(
-            inputs_embeds=embedded.masked_scatter(image[..., None], features),
-            attention_mask=masks(
-                padded([row.branch for row in rows], -1), position, image, language.config.sliding_window
-            ),
-            position_ids=position,
-            use_cache=False,
-        ).last_hidden_state
+        hidden = _in_half(language, given) if half else language(**given).last_hidden_state
     finally:
         handle.remove()
-    return Run(ids, hidden, caught[0][0] if isinstance(caught[0], tuple) else caught[0])
+    early = caught[0][0] if isinstance(caught[0], tuple) else caught[0]
+    return Run(ids, hidden.float(), early.float())
+
+
+def _in_half(language: Any, given: dict[str, Any]) -> Tensor:
+    ALL_ATTENTION_FUNCTIONS.register(FLOAT_ATTENTION, _float_attention)
+    usual = language.config._attn_implementation
+    language.config._attn_implementation = FLOAT_ATTENTION
+    weights = {name: weight.bfloat16() for name, weight in language.named_parameters()}
+    try:
+        embedded = given["inputs_embeds"].bfloat16()
+        result: Tensor = functional_call(language, weights, (), given | {"inputs_embeds": embedded}).last_hidden_state
+    finally:
+        language.config._attn_implementation = usual
+    return result
+
+
+def _float_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Fused attention in float32: on a CPU its backward is many times slower in bfloat16."""
+    times = query.shape[1] // key.shape[1]
+    keys, values = (one.float().repeat_interleave(times, dim=1) for one in (key, value))
+    mixed = functional.scaled_dot_product_attention(query.float(), keys, values, attn_mask=mask, scale=scaling)
+    return mixed.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 def text_loss(model: Gemma3ForConditionalGeneration, run: Run, rows: Sequence[Row]) -> Tensor:

@@ -165,7 +165,8 @@ class Setting:
     share: float = 1.0  # of the tokens left to stand at random
 
 
-LATE_FROM, LATE_BY = 0.35, 0.65  # share of the training between which readings become as long as in use
+LATE_FROM, LATE_BY = 0.1, 0.3  # share of the training between which readings become as long as in use
+GUARDED = PruningSettings(method=PruningMethod.GUARDED, token_budget=0.5)  # as it is measured
 FEW_EARLY, FEW_LATE = 0.8, 0.05  # share of readings with about a quarter of the tokens
 
 
@@ -182,11 +183,13 @@ def draw_setting(random: np.random.Generator, over: float = 1.0) -> Setting:
     if way < few:
         return Setting(off, float(random.uniform(0.15, 0.4)))
     way = float(random.random())
-    if way < 0.45:
+    if way < 0.35:
         return Setting(off)
-    if way < 0.8:
+    if way < 0.6:
+        return Setting(GUARDED)
+    if way < 0.85:
         return Setting(_guarded(random, (0.8, 1.0), (0.35, 0.65)))
-    if way < 0.92:
+    if way < 0.95:
         return Setting(PruningSettings(method=PruningMethod.MEDPRUNER, tau=float(random.uniform(0.5, 1.0))))
     return Setting(off, float(random.uniform(0.4, 1.0)))
 

@@ -158,8 +158,16 @@ def scan(scene: Scene, random: np.random.Generator) -> Phantom:
         values = _as_mr(scene.hu, random)
     else:
         values = scene.hu + _noise_hu(random, scene.hu.shape, grid, kernel)
-    stored = np.clip(np.rint(values), -1024, 3071).astype(np.int16)
-    centre = (float(grid.x_mm.mean()), float(grid.y_mm.mean()))
+    return _phantom(scene, np.clip(np.rint(values), -1024, 3071).astype(np.int16), kernel)
+
+
+def without_noise(scene: Scene) -> Phantom:
+    """The scene as an ideal scanner would store it: for what is asked of the masks alone."""
+    return _phantom(scene, scene.hu.astype(np.int16), Kernel.SOFT)
+
+
+def _phantom(scene: Scene, stored: NDArray[np.int16], kernel: Kernel) -> Phantom:
+    grid = scene.grid
     return Phantom(
         seed=scene.seed,
         body=scene.body,
@@ -170,7 +178,7 @@ def scan(scene: Scene, random: np.random.Generator) -> Phantom:
         z_mm=grid.z_mm,
         slice_mm=grid.slice_mm,
         pixel_mm=grid.pixel_mm,
-        centre_mm=centre,
+        centre_mm=(float(grid.x_mm.mean()), float(grid.y_mm.mean())),
         findings=scene.findings,
         labels=scene.labels,
         lungs_mm=scene.lungs_mm,

@@ -17,7 +17,17 @@ from workers.demo_model.channels import ct_images, mr_images
 from workers.demo_model.labels import Labels
 from workers.demo_model.other_bodies import Body
 from workers.demo_model.paste import paste
-from workers.demo_model.phantom import Modality, Phantom, Protocol, Scene, build, draw_kind, findings_at, scan
+from workers.demo_model.phantom import (
+    Modality,
+    Phantom,
+    Protocol,
+    Scene,
+    build,
+    draw_kind,
+    findings_at,
+    scan,
+    without_noise,
+)
 from workers.demo_model.targets import Targets, targets_of
 
 PATCHES_PER_SIDE, TOKENS_PER_SIDE = 12, 6
@@ -90,7 +100,7 @@ def _fresh(member: Member, random: np.random.Generator, nodules: int | None) -> 
 
 
 def member_of(scene: Scene) -> Member:
-    phantom = scan(scene, np.random.default_rng(0))
+    phantom = without_noise(scene)
     return Member(scene, targets_of(phantom, PATCHES_PER_SIDE), targets_of(phantom, TOKENS_PER_SIDE))
 
 

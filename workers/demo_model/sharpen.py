@@ -45,14 +45,18 @@ def pooled(eyes: Eyes, example: Example) -> Tensor:
 def sharpen(eyes: Eyes, studies: Sequence[Example], seed: int) -> None:
     """Change the projector by what these studies show. The tower's own head on the tokens no longer fits them."""
     tokens = torch.cat([pooled(eyes, one).flatten(0, 1) for one in studies])
-    targets = [
+    mean = tokens.mean(dim=0)
+    readings = fit_readings(tokens - mean, targets_in(studies), seed)
+    with torch.no_grad():
+        project_apart(eyes.projector, readings, mean, tokens)
+
+
+def targets_in(studies: Sequence[Example]) -> list[Tensor]:
+    """What the tokens of all these studies show, one after the other."""
+    return [
         torch.cat([torch.from_numpy(getattr(one.member.tokens, name)).flatten(0, 1) for one in studies])
         for name in ("present", "weight", "log_diameter")
     ]
-    mean = tokens.mean(dim=0)
-    readings = fit_readings(tokens - mean, targets, seed)
-    with torch.no_grad():
-        project_apart(eyes.projector, readings, mean, tokens)
 
 
 def fit_readings(tokens: Tensor, targets: Sequence[Tensor], seed: int) -> Tensor:

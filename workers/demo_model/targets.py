@@ -105,8 +105,10 @@ def _place(phantom: Phantom, present: NDArray[np.float32], weight: NDArray[np.fl
 def _cells(mask: NDArray[np.bool_], side: int) -> NDArray[np.float32]:
     """Share of each cell that the mask fills: (S, H, W) to (S, side * side), row-major."""
     slabs, rows, columns = mask.shape
-    blocks = mask.reshape(slabs, side, rows // side, side, columns // side)
-    return np.asarray(blocks.mean(axis=(2, 4), dtype=np.float32), np.float32).reshape(slabs, side * side)
+    high, wide = rows // side, columns // side
+    down = mask.view(np.uint8).reshape(slabs, side, high, columns).sum(axis=2, dtype=np.uint8 if high < 256 else None)
+    filled = down.reshape(slabs, side * side, wide).sum(axis=2, dtype=np.float32)  # rows first, along memory: quicker
+    return np.asarray(filled / np.float32(high * wide), np.float32)
 
 
 def _ball(phantom: Phantom, nodule: Nodule) -> NDArray[np.bool_]:

@@ -17,6 +17,12 @@ from workers.demo_model.assemble import WEIGHTS, assemble
 from workers.demo_model.train_decoder import DecoderPlan, train_decoder
 from workers.demo_model.train_vision import VisionPlan, train_vision
 
+GIVEN = (
+    *("seed", "steps", "minutes", "rate", "decay_from"),
+    *("studies", "slabs", "full_from"),
+    *("short", "sharpen", "carry", "first"),
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="train")
@@ -28,8 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--decay-from", type=float)
+    parser.add_argument("--studies", type=int, help="vision: of each step and process")
+    parser.add_argument("--slabs", type=int, help="vision: of each study; two thirds once every cell is encoded")
+    parser.add_argument("--full-from", type=float, help="vision: share of the training before every cell is encoded")
     parser.add_argument("--short", type=float, help="decoder: share of the training with short readings")
     parser.add_argument("--sharpen", type=int, help="decoder: studies to fit the projection to; 0 leaves it as it is")
+    parser.add_argument("--carry", type=int, help="decoder: studies to carry a new tower's tokens over to --start by")
     parser.add_argument("--first", type=int, help="decoder: studies encoded before the first step")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--rank", type=int, help="be this one of the processes, and start none")
@@ -56,11 +66,7 @@ def _work(rank: int, options: argparse.Namespace) -> None:
         torch.distributed.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{options.port}", rank=rank, world_size=options.processes
         )
-    given: dict[str, Any] = {
-        name: getattr(options, name)
-        for name in ("seed", "steps", "minutes", "rate", "decay_from", "short", "sharpen", "first")
-        if getattr(options, name, None) is not None
-    }
+    given: dict[str, Any] = {name: getattr(options, name) for name in GIVEN if getattr(options, name, None) is not None}
     if options.stage == "vision":
         train_vision(
             options.folder, VisionPlan(**given), start=options.start, rank=rank, processes=options.processes, say=_say

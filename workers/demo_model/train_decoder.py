@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, Gemma3ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from workers.demo_model.accuracy import Accuracy, accuracy_of
+from workers.demo_model.carry_over import carry_over
 from workers.demo_model.dialogue import Row, Writer, draw_questions, padded, run_rows, text_loss
 from workers.demo_model.encode import Encoded, Shown, draw_setting, encode_example, show_pruned, show_suspects
 from workers.demo_model.folder import new_model, tokenizer
@@ -48,6 +49,7 @@ class DecoderPlan:
     minutes: float = float("inf")
     short: float = 0.0
     sharpen: int = 300  # studies to fit the projection to before a new training; 0: leave it, as short readings need
+    carry: int = 0  # instead: studies by which a new tower is made to speak as that of `start` did
     reports: int = 16  # per step and process at most
     aspects: int = 3  # asked about after each report at most, besides whether each finding is there
     tokens: int = 3600  # of all readings of a step and process together
@@ -149,13 +151,15 @@ def train_decoder(
 
     start: a model folder whose language model a new training begins with.
     """
-    if plan.short > 0 and plan.sharpen > 0:
-        raise SystemExit("short readings go by the tower's heads, which do not fit a sharpened projection: --sharpen 0")
+    if plan.short > 0 and (plan.sharpen > 0 or plan.carry > 0):
+        raise SystemExit("short readings go by the tower's heads, which do not fit a changed projection: --sharpen 0")
     checkpoint = folder / "decoder.pt"
     state = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
     eyes = load_eyes(folder, plan, start)
     mixture = Mixture(nodules=None, fresh=1, size=60, small_share=SMALL_SHARE)
-    if state is None and plan.sharpen:
+    if state is None and plan.carry:
+        _carry(eyes, plan, start)
+    elif state is None and plan.sharpen:
         fresh = examples(plan.seed + 2, 0, 0, 1, mixture)
         sharpen(eyes, [study for _ in range(plan.sharpen) for study in next(fresh)], plan.seed)
     model, writer = model_with(eyes, plan.seed, start if state is None else None), Writer(tokenizer())
@@ -187,7 +191,7 @@ def train_decoder(
         chosen = random.permutation(len(cache))[: plan.reports]
         some = [cache[index] for index in chosen]
         rows, shown = _readings(writer, some, plan, over, random)
-        run = run_rows(model, writer, rows, shown)
+        run = run_rows(model, writer, rows, shown, half=True)
         ends = run.ids == writer.number(IMAGE_TOKENS["eoi_token"])
         signs = [slab_signs(one.targets, one.labels) for one in some[: len(rows)] if one.targets is not None]
         loss = text_loss(model, run, rows)
@@ -224,6 +228,15 @@ def train_decoder(
             say("held out " + json.dumps(summary(accuracy_of(pairs))))
         if over >= 1:
             break
+
+
+def _carry(eyes: Eyes, plan: DecoderPlan, start: Path | None) -> None:
+    if start is None:
+        raise SystemExit("--carry goes on from older weights: give --start a model folder")
+    old = Eyes(plan.seed).eval()
+    old.take_over(start)
+    fresh = examples(plan.seed + 2, 0, 0, 1, Mixture(nodules=4, size=60))
+    carry_over(eyes, old, [study for _ in range(plan.carry) for study in next(fresh)], plan.seed)
 
 
 def _readings(

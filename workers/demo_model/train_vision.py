@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 from transformers import Gemma3ForConditionalGeneration, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
@@ -53,6 +54,7 @@ POSITIVE_WEIGHTS = {Sign.NODULE: 3.0, Sign.CALCIFICATION: 3.0}
 SIZE_WEIGHTS = ((6.0, 0.2), (8.0, 0.7), (14.0, 1.6), (float("inf"), 1.0))  # of a nodule up to this diameter in mm
 SMALLEST_MEASURED_MM = 7  # the diameter of smaller ones is not asked
 PATCH_SHARE = 0.3  # of the loss on patches, beside that on the tokens, which are what the language model gets
+SLAB_SHARE = 0.4  # of the loss on a slab's likeliest true and likeliest false place for a nodule
 AORTA_CELLS = (20, 21, 26, 27)  # of the 6 x 6 cells; without them it never learns what a plaque is not
 
 
@@ -105,6 +107,16 @@ class Eyes(nn.Module):
         patches = self.tower.post_layernorm(self.tower.encoder(inputs_embeds=embedded).last_hidden_state)
         pooled = self.projector.mm_soft_emb_norm(patches.unflatten(1, (-1, 4)).mean(dim=2))
         return self.patch_head(patches), self.token_head(pooled @ self.projector.mm_input_projection_weight)
+
+    def in_half(self, pixels: Tensor, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same, computed in bfloat16 on weights that stay float32: 1.7 times as fast where the processor knows it.
+
+        Not by autocast, whose conversions eat the gain; nor with the fused attention, slow backwards in bfloat16.
+        """
+        self.tower.set_attn_implementation("eager")
+        half = {name: weight.bfloat16() for name, weight in self.named_parameters()}
+        on_patches, on_tokens = functional_call(self, half, (pixels.bfloat16(), cells))
+        return on_patches.float(), on_tokens.float()
 
     def take_over(self, folder: Path) -> None:
         """Tower and projector of a model folder."""
@@ -161,8 +173,7 @@ def dense_loss(logits: Tensor, present: Tensor, weight: Tensor, log_diameter: Te
     for sign, value in POSITIVE_WEIGHTS.items():
         positive[sign] = value
     diameter = log_diameter.exp()
-    by_size = torch.tensor([share for _, share in SIZE_WEIGHTS])
-    by_size = by_size[torch.bucketize(diameter, torch.tensor([most for most, _ in SIZE_WEIGHTS[:-1]]), right=True)]
+    by_size = weight_of_size(diameter)
     importance = weight * importance
     importance[..., Sign.NODULE] *= torch.where(present[..., Sign.NODULE] > 0, by_size, 1.0)
     entropy = functional.binary_cross_entropy_with_logits(
@@ -172,6 +183,27 @@ def dense_loss(logits: Tensor, present: Tensor, weight: Tensor, log_diameter: Te
     known = present[..., Sign.NODULE] * (diameter >= SMALLEST_MEASURED_MM)
     size = ((logits[..., SIGNS] - (log_diameter - 2.3)) ** 2 * known).sum() / known.sum().clamp(min=1)
     return entropy / cells + 0.5 * size
+
+
+def weight_of_size(diameter_mm: Tensor) -> Tensor:
+    by_size = torch.tensor([share for _, share in SIZE_WEIGHTS])
+    return by_size[torch.bucketize(diameter_mm, torch.tensor([most for most, _ in SIZE_WEIGHTS[:-1]]), right=True)]
+
+
+def slab_loss(logits: Tensor, present: Tensor, weight: Tensor, log_diameter: Tensor) -> Tensor:
+    """Cross entropy of the likeliest place of a nodule in each slab, once among the true and once among the others.
+
+    A study is judged by its likeliest token: what matters is the worst vessel, dome or rib, not the average one.
+    """
+    nodule, true, known = logits[..., Sign.NODULE], present[..., Sign.NODULE] > 0, weight[..., Sign.NODULE] > 0
+    lowest = torch.finfo(nodule.dtype).min
+    others = nodule.masked_fill(true | ~known, lowest).amax(dim=1)
+    missed, place = nodule.masked_fill(~true, lowest).max(dim=1)
+    shows = true.any(dim=1) * weight_of_size(log_diameter.gather(1, place[:, None])[:, 0].exp())
+    some = others > lowest
+    return (functional.softplus(others[some]).sum() + (shows * functional.softplus(-missed).clamp(max=50)).sum()) / len(
+        nodule
+    )
 
 
 def batch_of(
@@ -233,8 +265,9 @@ def train_vision(
         cells = None if full else choose_cells(tokens, brightest(pixels), plan.cells, random)
         if cells is not None:
             patches, tokens = at(patches, patches_of(cells)), at(tokens, cells)
-        on_patches, on_tokens = eyes(pixels, cells)
+        on_patches, on_tokens = eyes.in_half(pixels, cells)
         loss = PATCH_SHARE * dense_loss(on_patches, *patches) + dense_loss(on_tokens, *tokens)
+        loss = loss + SLAB_SHARE * (PATCH_SHARE * slab_loss(on_patches, *patches) + slab_loss(on_tokens, *tokens))
         loss.backward()  # type: ignore[no-untyped-call]
         average_gradients(eyes, processes)
         for weight in eyes.tower.parameters() if step < heads_alone else ():

@@ -22,6 +22,8 @@ from workers.demo_model.dialogue import (
     masks,
     padded,
     report_weights,
+    run_rows,
+    text_loss,
     true_answer,
 )
 from workers.demo_model.encode import Places, Shown, places_of
@@ -180,6 +182,24 @@ def test_rows_of_different_length_are_padded_without_a_trace(writer: Writer) -> 
         together = float(dialogue_loss(model, writer, rows, some))
         alone = [float(dialogue_loss(model, writer, [row], [one])) for row, one in zip(rows, some, strict=True)]
     assert together == pytest.approx(sum(alone) / 2, rel=1e-4)
+
+
+def test_half_precision_gives_nearly_the_same_loss_and_gradients(writer: Writer) -> None:
+    """And the model is left as it was: it goes on generating with its usual attention."""
+    torch.set_num_threads(1)
+    model, some = new_model(3), [shown_of(3), shown_of(5)]
+    rows = [writer.row(writer.prompt(one, "Describe this CT study."), LABELS, []) for one in some]
+    weight = model.model.language_model.layers[0].mlp.up_proj.weight
+    usual = model.model.language_model.config._attn_implementation
+    losses, gradients = [], []
+    for half in (False, True):
+        loss = text_loss(model, run_rows(model, writer, rows, some, half=half), rows)
+        losses.append(float(loss.detach()))
+        gradients.append(torch.autograd.grad(loss, weight)[0].flatten())
+
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+    assert model.model.language_model.config._attn_implementation == usual
 
 
 def test_distant_tokens_are_seen_by_full_layers_only() -> None:

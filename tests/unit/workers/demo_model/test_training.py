@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from service.shared.settings import PruningMethod
+from workers.demo_model.carry_over import carry_over
 from workers.demo_model.encode import (
     Encoded,
     Places,
@@ -28,7 +29,15 @@ from workers.demo_model.sharpen import pooled, sharpen
 from workers.demo_model.slab_signs import NAMES, slab_signs
 from workers.demo_model.targets import SIGNS, Sign
 from workers.demo_model.train_decoder import DecoderPlan, load_eyes, model_with, train_decoder
-from workers.demo_model.train_vision import Eyes, VisionPlan, choose_cells, dense_loss, patches_of, train_vision
+from workers.demo_model.train_vision import (
+    Eyes,
+    VisionPlan,
+    choose_cells,
+    dense_loss,
+    patches_of,
+    slab_loss,
+    train_vision,
+)
 
 SLABS = Protocol(120, slices=6)
 
@@ -188,6 +197,58 @@ def test_a_sharpened_projection_has_no_mean_and_shows_the_signs() -> None:
     free = (tokens @ after) - (tokens @ after) @ used.T @ used
     lung = torch.cat([torch.from_numpy(one.member.tokens.present[..., Sign.LUNG]).flatten() for one in studies]) > 0
     assert (free[lung].mean(dim=0) - free[~lung].mean(dim=0)).norm() > 1
+
+
+def test_a_new_towers_tokens_are_carried_over_to_the_old_ones() -> None:
+    """The same tower behind another projection gives the old tokens again."""
+    torch.set_num_threads(1)
+    old, eyes = Eyes(0).eval(), Eyes(0).eval()
+    studies = [expose(member_of(build(seed, SLABS)), np.random.default_rng(seed)) for seed in range(3)]
+    with torch.no_grad():
+        eyes.projector.mm_input_projection_weight.normal_()
+    carry_over(eyes, old, studies, seed=0)
+    wanted, found = (
+        torch.cat([pooled(one, study).flatten(0, 1) for study in studies]) @ one.projector.mm_input_projection_weight
+        for one in (old, eyes)
+    )
+
+    assert (found - wanted).norm() < 0.05 * (wanted - wanted.mean(dim=0)).norm()
+
+
+def test_carrying_over_needs_older_weights(tmp_path: Path) -> None:
+    torch.save({"eyes": Eyes(0).state_dict()}, tmp_path / "vision.pt")
+    with pytest.raises(SystemExit, match="--carry goes on from older weights"):
+        train_decoder(tmp_path, DecoderPlan(sharpen=0, carry=2))
+
+
+def test_half_precision_gives_nearly_the_same() -> None:
+    """Signs and gradients of the tower in bfloat16 are those in float32."""
+    torch.set_num_threads(1)
+    eyes = Eyes(0)
+    pixels = torch.randn(2, 3, 120, 120, generator=torch.Generator().manual_seed(0))
+    weight = eyes.tower.encoder.layers[0].mlp.fc1.weight
+    found = []
+    for run in (eyes, eyes.in_half):
+        _, on_tokens = run(pixels)
+        found.append((on_tokens, *torch.autograd.grad(on_tokens.square().mean(), weight)))
+
+    assert torch.allclose(found[0][0], found[1][0], atol=0.1)
+    assert torch.cosine_similarity(found[0][1].flatten(), found[1][1].flatten(), dim=0) > 0.99
+
+
+def test_a_slab_is_judged_by_its_likeliest_places() -> None:
+    """The worst false place and the best true one count; what nobody could say and other places do not."""
+    logits = torch.full((1, 4, SIGNS + 1), -9.0)
+    present, weight, log_diameter = torch.zeros(1, 4, SIGNS), torch.ones(1, 4, SIGNS), torch.zeros(1, 4)
+    present[0, 0, Sign.NODULE], log_diameter[0, 0], weight[0, 1, Sign.NODULE] = 1, np.log(10), 0
+    logits[0, :, Sign.NODULE] = torch.tensor([9.0, 9.0, -9.0, -9.0])
+    right = slab_loss(logits, present, weight, log_diameter)
+    logits[0, 2, Sign.NODULE] = 5
+    vessel = slab_loss(logits, present, weight, log_diameter)
+    logits[0, 0, Sign.NODULE] = -5
+
+    assert right < 0.01 < 4 < vessel < slab_loss(logits, present, weight, log_diameter)
+    assert slab_loss(logits, torch.zeros_like(present), torch.zeros_like(weight), log_diameter) == 0
 
 
 def test_slabs_are_asked_what_they_show() -> None:
