@@ -43,4 +43,5 @@ def _readings(tokens: Tensor, targets: Sequence[Tensor], seed: int) -> Tensor:
 def _least_squares(given: Tensor, wanted: Tensor) -> Tensor:
     square = given.T @ given
     ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square))
-    return torch.linalg.solve(square + ridge, given.T @ wanted)
+    solution: Tensor = torch.linalg.solve(square + ridge, given.T @ wanted)
+    return solution
