@@ -112,12 +112,16 @@ class Peer:
 
 @contextmanager
 def _serving(entity: AE, port: int, handlers: list[Any], tls: ssl.SSLContext | None = None) -> Iterator[None]:
-    server = entity.start_server(("127.0.0.1", port), block=False, evt_handlers=handlers, ssl_context=tls)
+    connections: list[Any] = []  # a peer that is gone before its association begins leaves its own open
+    watched = [*handlers, (evt.EVT_CONN_OPEN, lambda event: connections.append(event.assoc.dul.socket.socket))]
+    server = entity.start_server(("127.0.0.1", port), block=False, evt_handlers=watched, ssl_context=tls)
     assert server is not None
     try:
         yield
     finally:
         server.shutdown()
+        for connection in connections:
+            connection.close()
 
 
 @pytest.fixture(scope="module")
