@@ -29,9 +29,7 @@ OFF = PruningSettings.model_validate({"method": "off"})
 ASK = Question(FindingName.NODULE, Aspect.PRESENCE, "Is there one?", ("yes", "no"))
 
 
-def flash_attn_func(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False
-) -> Tensor:
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool) -> Tensor:
     """q (batch, queries, heads, width), k and v (batch, keys, fewer heads, width); the last query sees the last key."""
     queries, keys = q.shape[1], k.shape[1]
     seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries) if causal else None
@@ -100,7 +98,7 @@ def images(count: int) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("write", [write_qwen3_vl, write_video_llama3, write_hulu_med])
 def test_flash_attention_says_what_sdpa_says(kernel: Kernel, write: Callable[[Path], Path], tmp_path: Path) -> None:
-    """Text and answers of a pruned study and of a whole one, in float32; every layer of the text went through it."""
+    """Text and answers of a pruned study and of a whole one, in float32; the text went through it."""
     folder = write(tmp_path / "model")
     plain, flash = (
         open_folder(ModelSettings(device="cpu", attention=attention), folder)
