@@ -73,6 +73,25 @@ def running(
         _rejections.clear()
 
 
+@contextmanager
+def accepting(
+    entity: AE, address: tuple[str, int], handlers: list[Any], tls: ssl.SSLContext | None = None
+) -> Iterator[int]:
+    """pynetdicom's peer as it accepts associations; its port. A peer that is gone before its association begins leaves
+    its own connection open: all are closed in the end.
+    """
+    connections: list[socket.socket] = []
+    opened = (evt.EVT_CONN_OPEN, lambda event: connections.append(event.assoc.dul.socket.socket))
+    server = entity.start_server(address, block=False, evt_handlers=[*handlers, opened], ssl_context=tls)
+    assert server is not None
+    try:
+        yield int(server.server_address[1])
+    finally:
+        server.shutdown()
+        for connection in connections:
+            connection.close()
+
+
 def instance(number: int = 1, *, study_uid: str = STUDY_UID, sop_class_uid: str = CTImageStorage) -> Dataset:
     """A small native CT instance, told from others by `number`."""
     dataset = Dataset()

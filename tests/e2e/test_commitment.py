@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from service.retention import remove_instances
 from service.spool import Spool
 from tests.certificates import Pair, authority, issue
 from tests.phantom_series import PhantomSeries
+from tests.receiving import accepting
 from tests.running import PATIENCE_S, SENDER, Pacs, Service, deliveries, kinds
 from tests.servers import free_port, wait_for
 
@@ -52,7 +52,7 @@ class Peer:
         entity.add_supported_context(StorageCommitmentPushModel, SYNTAXES)
         entity.add_supported_context(Verification)
         handlers: list[Any] = [(evt.EVT_C_STORE, lambda event: 0x0000), (evt.EVT_N_ACTION, self._vouch)]
-        with _serving(entity, self.pacs_port, handlers):
+        with accepting(entity, ("127.0.0.1", self.pacs_port), handlers):
             yield
 
     @contextmanager
@@ -60,7 +60,7 @@ class Peer:
         entity = AE(SENDER)
         entity.add_supported_context(StorageCommitmentPushModel, SYNTAXES, scu_role=False, scp_role=True)
         tls = server_context(self.certificates.certificate, self.certificates.key, ca=self.ca.certificate)
-        with _serving(entity, self.modality_port, [(evt.EVT_N_EVENT_REPORT, self._told)], tls):
+        with accepting(entity, ("127.0.0.1", self.modality_port), [(evt.EVT_N_EVENT_REPORT, self._told)], tls):
             yield
 
     def send_and_ask(self, port: int, datasets: list[Dataset], transaction_uid: str) -> None:
@@ -108,20 +108,6 @@ class Peer:
 
         threading.Thread(target=report, daemon=True).start()
         return 0x0000, None
-
-
-@contextmanager
-def _serving(entity: AE, port: int, handlers: list[Any], tls: ssl.SSLContext | None = None) -> Iterator[None]:
-    connections: list[Any] = []  # a peer that is gone before its association begins leaves its own open
-    watched = [*handlers, (evt.EVT_CONN_OPEN, lambda event: connections.append(event.assoc.dul.socket.socket))]
-    server = entity.start_server(("127.0.0.1", port), block=False, evt_handlers=watched, ssl_context=tls)
-    assert server is not None
-    try:
-        yield
-    finally:
-        server.shutdown()
-        for connection in connections:
-            connection.close()
 
 
 @pytest.fixture(scope="module")

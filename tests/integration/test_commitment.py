@@ -26,6 +26,7 @@ from service.commitment_answers import Answer
 from service.shared import delivery_transitions
 from service.shared.db import AuditEvent, Delivery, DeliveryState
 from service.shared.settings import DestinationSettings, ScpSettings
+from tests.receiving import accepting
 from tests.rows import NOW, add_deliveries, add_study, after, get, kinds, open_database
 from tests.servers import free_port
 
@@ -95,13 +96,8 @@ def listening(pacs: Vouching, classes: tuple[Any, ...] = COMMITMENT + FIND) -> I
     for uid in classes:
         application.add_supported_context(uid, [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
     handlers: list[Any] = [(evt.EVT_N_ACTION, pacs.action), (evt.EVT_C_FIND, pacs.find)]
-    server = application.start_server(("127.0.0.1", pacs.port), block=False, evt_handlers=handlers)
-    assert server is not None
-    pacs.port = server.server_address[1]
-    try:
+    with accepting(application, ("127.0.0.1", pacs.port), handlers) as pacs.port:
         yield pacs
-    finally:
-        server.shutdown()
 
 
 @dataclass

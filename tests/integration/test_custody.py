@@ -27,7 +27,7 @@ from service.refusals import recent
 from service.shared import audit
 from service.shared.db import Study, StudyState
 from service.shared.settings import Settings
-from tests.receiving import SENDER, STUDY_UID, Running, associate, instance, running, send_instance
+from tests.receiving import SENDER, STUDY_UID, Running, accepting, associate, instance, running, send_instance
 from tests.rows import kinds, open_database
 from tests.servers import Modality, Orthanc, free_port, wait_for
 
@@ -55,12 +55,8 @@ class Requester:
             StorageCommitmentPushModel, SYNTAXES, scu_role=False, scp_role=self.is_provider_allowed
         )
         handlers: list[Any] = [(evt.EVT_N_EVENT_REPORT, self._take)]
-        server = entity.start_server(("127.0.0.1", self.port), block=False, evt_handlers=handlers)
-        assert server is not None
-        try:
+        with accepting(entity, ("127.0.0.1", self.port), handlers):
             yield
-        finally:
-            server.shutdown()
 
     def _take(self, event: evt.Event) -> tuple[int, None]:
         if self.answer == 0x0000:

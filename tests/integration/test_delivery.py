@@ -39,7 +39,7 @@ from service.shared.durable import digest
 from service.shared.settings import DestinationSettings, ScpSettings, Settings
 from service.spool import Arrival, file_header
 from tests.certificates import Pair, authority, issue
-from tests.receiving import data_set_bytes, encode
+from tests.receiving import accepting, data_set_bytes, encode
 from tests.rows import (
     NOW,
     add_analysis,
@@ -106,21 +106,9 @@ def listening(
         setattr(application, name, value)
     for uid in classes:
         application.add_supported_context(uid, list(syntaxes))
-    connections: list[Any] = []  # a peer that is gone before its association begins leaves its own open
-    handlers: list[Any] = [
-        (evt.EVT_C_STORE, pacs.store),
-        (evt.EVT_REQUESTED, pacs.note),
-        (evt.EVT_CONN_OPEN, lambda event: connections.append(event.assoc.dul.socket.socket)),
-    ]
-    server = application.start_server((host, pacs.port), block=False, evt_handlers=handlers, ssl_context=tls)
-    assert server is not None
-    pacs.port = server.server_address[1]
-    try:
+    handlers: list[Any] = [(evt.EVT_C_STORE, pacs.store), (evt.EVT_REQUESTED, pacs.note)]
+    with accepting(application, (host, pacs.port), handlers, tls) as pacs.port:
         yield pacs
-    finally:
-        server.shutdown()
-        for connection in connections:
-            connection.close()
 
 
 @dataclass
