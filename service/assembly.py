@@ -488,8 +488,7 @@ class _Header:
 
 def _header(path: Path, transfer_syntax_uid: str, read: dict[tuple[object, ...], _Header]) -> _Header:
     """Decoded once for all instances in which the same bytes stand, most of a series; goes into `read` for that."""
-    prefix = b"" if transfer_syntax_uid == DeflatedExplicitVRLittleEndian else first_bytes(path, PREFIX_BYTES)
-    walked = walk_elements(prefix, transfer_syntax_uid, HEADER_TAGS)
+    walked = walk_elements(first_bytes(path, PREFIX_BYTES), transfer_syntax_uid, HEADER_TAGS)
     encoded = None if walked is None else (transfer_syntax_uid, *walked.items())
     if encoded in read:
         return read[encoded]
