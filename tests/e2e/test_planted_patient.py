@@ -31,6 +31,7 @@ from sqlalchemy import MetaData, select
 from service.shared.db import Acquisition, Analysis, ReportText, StudyHeader
 from service.spool import Spool
 from tests.phantom_series import PhantomSeries
+from tests.receiving import accepting
 from tests.running import FINAL, SENDER, Pacs, Service, Storescp, deliveries, send
 from tests.servers import free_port, wait_for
 
@@ -121,12 +122,8 @@ def quoting_pacs() -> Iterator[int]:
     application = AE(ae_title="QUOTES")
     for context in AllStoragePresentationContexts:
         application.add_supported_context(str(context.abstract_syntax))
-    server = application.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, refuse)])
-    assert server is not None
-    try:
-        yield int(server.server_address[1])
-    finally:
-        server.shutdown()
+    with accepting(application, ("127.0.0.1", 0), [(evt.EVT_C_STORE, refuse)]) as port:
+        yield port
 
 
 class Inbox:

@@ -31,7 +31,7 @@ from service.shared.durable import digest
 from service.shared.messages import Flag
 from service.shared.settings import DestinationSettings, ReportSettings, ScpSettings, Settings, SrSopClass
 from tests import audit_schema
-from tests.receiving import SENDER, running
+from tests.receiving import SENDER, accepting, running
 from tests.report_samples import BODY, HEAD, RUN, arrays_of, output_for
 
 CONTEXTS = 128
@@ -99,14 +99,9 @@ def pacs() -> Iterator[tuple[int, list[tuple[str, tuple[str, ...]]]]]:
     application = AE(ae_title="PACS")
     for uid in conformance.SENT:
         application.add_supported_context(uid, ALL_TRANSFER_SYNTAXES)
-    server = application.start_server(
-        ("127.0.0.1", 0),
-        block=False,
-        evt_handlers=[(evt.EVT_REQUESTED, note), (evt.EVT_C_STORE, lambda event: 0x0000)],
-    )
-    assert server is not None
-    yield server.server_address[1], proposed
-    server.shutdown()
+    handlers = [(evt.EVT_REQUESTED, note), (evt.EVT_C_STORE, lambda event: 0x0000)]
+    with accepting(application, ("127.0.0.1", 0), handlers) as port:
+        yield port, proposed
 
 
 def test_what_is_proposed_as_scu_is_what_the_statement_says(

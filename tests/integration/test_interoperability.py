@@ -23,7 +23,7 @@ from service import sender
 from service.receiver import TRANSFER_SYNTAXES
 from service.shared.settings import SourceSettings
 from service.spool import file_header
-from tests.receiving import SENDER, Running, compressed, data_set_bytes, encode, instance, place, running
+from tests.receiving import SENDER, Running, accepting, compressed, data_set_bytes, encode, instance, place, running
 from tests.running import listens
 from tests.servers import Modality, Orthanc, Server, dcmsend, find_program, free_port, storescu
 
@@ -214,11 +214,7 @@ def test_pynetdicom_receives_what_we_send_in_every_syntax(tmp_path: Path) -> Non
 
     entity = AE("PACS")
     entity.add_supported_context(CTImageStorage, EVERY)
-    server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
-    assert server is not None
-    try:
-        assert send(tmp_path, server.server_address[1], EVERY) == {0x0000}
-    finally:
-        server.shutdown()
+    with accepting(entity, ("127.0.0.1", 0), [(evt.EVT_C_STORE, store)]) as port:
+        assert send(tmp_path, port, EVERY) == {0x0000}
 
     assert kept == {(uid(syntax), syntax): data_set(syntax) for syntax in EVERY}

@@ -12,7 +12,7 @@ from pynetdicom import AE, evt
 
 from service.sender import CannotSend, Sent, dicom_files, send_study
 from service.spool import file_header
-from tests.receiving import encode, instance, receipts, running
+from tests.receiving import accepting, encode, instance, receipts, running
 from tests.servers import free_port
 
 # pynetdicom drops the socket of a refused connection without closing it; CPython closes it in the same moment
@@ -94,13 +94,9 @@ def test_file_that_is_not_taken_does_not_keep_the_others(tmp_path: Path) -> None
     statuses = iter([0x0000, 0xA700, 0xB007])
     application = AE("MEDPRUNER")
     application.add_supported_context(CTImageStorage)
-    server = application.start_server(
-        ("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, lambda event: next(statuses))]
-    )
-    assert server is not None
 
-    sent = send(tmp_path, server.server_address[1])
-    server.shutdown()
+    with accepting(application, ("127.0.0.1", 0), [(evt.EVT_C_STORE, lambda event: next(statuses))]) as port:
+        sent = send(tmp_path, port)
 
     assert [one.status for one in sent] == [0x0000, None, 0xA700, 0xB007]
     assert [one.stored for one in sent] == [True, False, False, True]
