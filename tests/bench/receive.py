@@ -6,6 +6,10 @@ gets each object once. Ours acknowledges what is durable, while ingest takes it 
 file, storescp and pynetdicom's application sync nothing. *sink* is no DICOM at all: a TCP server that writes each
 object to a file, flushes file and folder, and answers one byte: what the disk allows. For the replay dcmtk's
 receivers run without Nagle's algorithm (TCP_NODELAY=1), their best; for storescu everything runs as Debian ships it.
+
+Two things make a run too slow, ours most. ext4 without a journal looks for a new inode past all that were freed in the
+last minute (six, where they are not written back), one by one: run `sync`, and wait, after another run's files were
+removed. And memory that a virtual machine never touched costs when it becomes page cache: touch it once before.
 """
 
 from __future__ import annotations
@@ -409,6 +413,7 @@ def measure_rates(
                 own = folder / f"files-{time.time_ns()}"
                 names = list(ports)
                 for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                    os.sync()  # what others have not flushed would be written in the next one's time
                     send = (
                         pour if name == SINK else replay if sender == "replay" else partial(storescu, options=options)
                     )
