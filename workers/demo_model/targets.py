@@ -73,7 +73,7 @@ def targets_of(phantom: Phantom, side: int) -> Targets:
     _place(phantom, present, weight, side)
     log_diameter = np.zeros((slabs, side * side), np.float32)
     for nodule in phantom.findings.nodules if phantom.labels.supported else ():
-        share = _cells(_ball(phantom, nodule), side)
+        share = _ball(phantom, nodule, side)
         most = share.max(axis=1, keepdims=True)
         sure = (share > 0) & (share >= 0.3 * most) & (share > 0.15 * share.max())
         present[..., Sign.NODULE][sure] = 1
@@ -111,14 +111,15 @@ def _cells(mask: NDArray[np.bool_], side: int) -> NDArray[np.float32]:
     return np.asarray(filled / np.float32(high * wide), np.float32)
 
 
-def _ball(phantom: Phantom, nodule: Nodule) -> NDArray[np.bool_]:
-    """Voxels of one nodule: those of the nodule bit within its radius."""
+def _ball(phantom: Phantom, nodule: Nodule, side: int) -> NDArray[np.float32]:
+    """Share of each cell that one nodule fills: the voxels of the nodule bit within its radius."""
     step, size = phantom.pixel_mm, phantom.masks.shape[2]
     along = (np.arange(size) + 0.5 - size / 2) * step
     x, y, z = nodule.centre_mm
     reach = nodule.diameter_mm / 2
     near_x = np.abs(along + phantom.centre_mm[0] - x) < reach + 1.5 * step
     near_y = np.abs(along + phantom.centre_mm[1] - y) < reach + 1.5 * step
-    near_z = np.abs(phantom.z_mm - z) < reach + phantom.slice_mm
-    near = near_z[:, None, None] & near_y[None, :, None] & near_x[None, None, :]
-    return np.asarray(((phantom.masks & Mask.NODULE) > 0) & near, np.bool_)
+    near_z = np.flatnonzero(np.abs(phantom.z_mm - z) < reach + phantom.slice_mm)
+    shares = np.zeros((len(phantom.masks), side * side), np.float32)
+    shares[near_z] = _cells(((phantom.masks[near_z] & Mask.NODULE) > 0) & near_y[:, None] & near_x, side)
+    return shares

@@ -23,7 +23,7 @@ from workers.demo_model.carry_over import carry_over
 from workers.demo_model.dialogue import Row, Writer, draw_questions, padded, run_rows, text_loss
 from workers.demo_model.encode import Encoded, Shown, draw_setting, encode_example, show_pruned, show_suspects
 from workers.demo_model.folder import new_model, tokenizer
-from workers.demo_model.optimise import Optimisers, Schedule, agreed, average_gradients
+from workers.demo_model.optimise import Optimisers, Schedule, agreed, average_gradients, knows_half
 from workers.demo_model.pool import Mixture, examples
 from workers.demo_model.report_text import read
 from workers.demo_model.sharpen import sharpen
@@ -191,7 +191,7 @@ def train_decoder(
         chosen = random.permutation(len(cache))[: plan.reports]
         some = [cache[index] for index in chosen]
         rows, shown = _readings(writer, some, plan, over, random)
-        run = run_rows(model, writer, rows, shown, half=True)
+        run = run_rows(model, writer, rows, shown, half=knows_half())
         ends = run.ids == writer.number(IMAGE_TOKENS["eoi_token"])
         signs = [slab_signs(one.targets, one.labels) for one in some[: len(rows)] if one.targets is not None]
         loss = text_loss(model, run, rows)

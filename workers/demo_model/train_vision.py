@@ -22,7 +22,7 @@ from transformers import Gemma3ForConditionalGeneration, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from workers.demo_model.architecture import config, start_vision, vision_config
-from workers.demo_model.optimise import Optimisers, Schedule, agreed, average_gradients
+from workers.demo_model.optimise import Optimisers, Schedule, agreed, average_gradients, knows_half
 from workers.demo_model.phantom import SLABS, build, draw_kind
 from workers.demo_model.pool import (
     PATCHES_PER_SIDE,
@@ -244,7 +244,7 @@ def train_vision(
     first, seconds = 0, 0.0
     if start is not None and not checkpoint.exists():
         eyes.take_over(start)
-    heads_alone = plan.heads if start is not None else 0
+    heads_alone, half = plan.heads if start is not None else 0, knows_half()
     optimisers = Optimisers(eyes, plan.rate)
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -265,7 +265,7 @@ def train_vision(
         cells = None if full else choose_cells(tokens, brightest(pixels), plan.cells, random)
         if cells is not None:
             patches, tokens = at(patches, patches_of(cells)), at(tokens, cells)
-        on_patches, on_tokens = eyes.in_half(pixels, cells)
+        on_patches, on_tokens = eyes.in_half(pixels, cells) if half else eyes(pixels, cells)
         loss = PATCH_SHARE * dense_loss(on_patches, *patches) + dense_loss(on_tokens, *tokens)
         loss = loss + SLAB_SHARE * (PATCH_SHARE * slab_loss(on_patches, *patches) + slab_loss(on_tokens, *tokens))
         loss.backward()  # type: ignore[no-untyped-call]

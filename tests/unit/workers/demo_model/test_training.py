@@ -21,7 +21,7 @@ from workers.demo_model.encode import (
     show_suspects,
 )
 from workers.demo_model.folder import new_model, write_folder
-from workers.demo_model.optimise import Schedule
+from workers.demo_model.optimise import Schedule, knows_half
 from workers.demo_model.paste import paste
 from workers.demo_model.phantom import Modality, Protocol, build, scan
 from workers.demo_model.pool import SMALL_MM, TRAINING_SEEDS, Mixture, examples, expose, member_of
@@ -305,6 +305,13 @@ def test_the_decoder_trains_on_the_tower_of_a_model_folder(tmp_path: Path) -> No
     assert not torch.equal(one[projection], old.bfloat16().float().state_dict()[projection])
     assert torch.equal(one[projection], two[projection])
     assert all(torch.equal(value, two[name]) for name, value in one.items() if "vision_tower" in name)
+
+
+def test_training_computes_in_bfloat16_where_the_processor_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere it is put together from other instructions, ten times as slow."""
+    for known in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: {"avx512_bf16": known})
+        assert knows_half() is known
 
 
 def test_rate_rises_holds_and_ends_at_zero() -> None:
