@@ -38,10 +38,11 @@ from workers.vlm.video_llama3 import VideoLlama3
 
 CONTEXTUAL_FRACTION = 0.05  # of every recorded host case
 
-# Largest allowed absolute difference; from the README of the recorded data. A processor without AVX-512 adds up in
-# another order: 2.2e-4 in features, and 1.1e-3 in the attention that a sink receives, 18 there.
-SCORE, LOGIT, MERGED = 3e-4, 1e-4, 1e-5
-FEATURE, RECEIVED = 5e-4, 2e-3
+# Largest allowed absolute difference; from the README of the recorded data.
+SCORE, FEATURE, LOGIT, MERGED = 3e-4, 2e-4, 1e-4, 1e-5
+# Times as much where the weights make much of a rounding: where others are 1e-6 apart, the instruction sets of one
+# processor leave a sink's features 2e-4 to 5e-4 apart, and received attention up to 1.4e-3.
+ROUNDING = {"model+overlay-sink": 6}
 EXACT = 0.0
 
 Row = tuple[str, float, float]  # quantity, measured, tolerance
@@ -95,13 +96,13 @@ def check_host(folder: Path) -> list[Difference]:
     for weights, paths in by_weights.items():
         host = open_golden(folder, weights)
         for path in paths:
-            differences += [Difference(f"{folder.name}/{path.stem}", *row) for row in _checked(host, path)]
+            differences += [Difference(f"{folder.name}/{path.stem}", *row) for row in _checked(host, path, weights)]
     return differences
 
 
-def _checked(host: Host, path: Path) -> list[Row]:
+def _checked(host: Host, path: Path, weights: str) -> list[Row]:
     try:
-        return check_case(host, load_file(path))
+        return check_case(host, load_file(path), weights)
     except KeyError as error:
         raise ValueError(f"{path}: holds no tensor {error}") from error
 
@@ -147,8 +148,9 @@ def _host(architecture: str, opened: Opened) -> Host:
 
 
 @torch.inference_mode()
-def check_case(host: Host, case: dict[str, Tensor]) -> list[Row]:
-    """Run one case with the reference's semantics and compare every recorded tensor."""
+def check_case(host: Host, case: dict[str, Tensor], weights: str = "model") -> list[Row]:
+    """Run one case with the reference's semantics and compare every recorded tensor. weights: see `weights_of`."""
+    feature, score = (ROUNDING.get(weights, 1) * allowed for allowed in (FEATURE, SCORE))
     prepared, prompt = prepared_of(host, case), prompt_of(host, case)
     choice = slices_of(prepared, case)
     encoded = encode_all(host, prepared, case)
@@ -173,13 +175,13 @@ def check_case(host: Host, case: dict[str, Tensor]) -> list[Row]:
         ("kept_length", _unequal(torch.tensor([length]), case["kept_length"]), EXACT),
         ("position_ids", _unequal(positions, case["position_ids"]), EXACT),
         ("rates", _apart(kept_share, case["rates"]), MERGED),
-        ("features_before", _apart(encoded.features, case["features_before"]), FEATURE),
+        ("features_before", _apart(encoded.features, case["features_before"]), feature),
     ]
     if encoded.received is not None and encoded.keys is not None:
         rows += [
-            ("received", _apart(encoded.received, case["received"]), RECEIVED),
-            ("mean_keys", _apart(encoded.keys, case["mean_keys"]), SCORE),
-            ("features_after", _apart(reduced.features, case["features_after"]), FEATURE),
+            ("received", _apart(encoded.received, case["received"]), score),
+            ("mean_keys", _apart(encoded.keys, case["mean_keys"]), score),
+            ("features_after", _apart(reduced.features, case["features_after"]), feature),
         ]
     rows += [
         (f"deepstack_kept_{index}", _apart(layer, case[f"deepstack_kept_{index}"]), FEATURE)

@@ -40,9 +40,9 @@ def beyond(rows: list[golden.Row]) -> list[golden.Row]:
 @pytest.mark.parametrize("case", CASES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_reference_is_reproduced(case: Path) -> None:
     """Slices, masks, positions, scores, features and eight decode steps are those of the reference."""
-    host = host_of(case.parent, golden.weights_of(case))
+    weights = golden.weights_of(case)
 
-    assert beyond(golden.check_case(host, load_file(case))) == []
+    assert beyond(golden.check_case(host_of(case.parent, weights), load_file(case), weights)) == []
 
 
 @pytest.mark.parametrize("host", HOSTS)
