@@ -25,7 +25,7 @@ from torch import Tensor
 from service.shared.messages import SliceOperation
 from service.shared.settings import ModelSettings, PruningSettings
 from tests.bench.nodules import DIAMETERS_MM, SLICE_MM, Case, Floats, Planted, make_case
-from workers.demo_model.channels import area_matrix, ct_images
+from workers.demo_model.channels import USUAL_VOXEL_MM, ct_images, to_halves
 from workers.guide import make_guide, pool, pooled_shape
 from workers.preprocess import CT_WINDOWS_HU, Slab, combine, sample, slabs, to_grey
 from workers.pruning.attention import received_attention
@@ -101,8 +101,7 @@ class FolderTower:
         """MedGemma's windows, or those of the demonstration model with its blobs; a slice is taken for its slab."""
         if self._pixels is None:
             return rgb(hu)
-        rows, columns = (area_matrix(size, self._pixels) for size in hu.shape[1:])
-        return ct_images(np.einsum("ph,shw,qw->spq", rows, hu, columns, optimize=True).astype(np.float32))
+        return ct_images(to_halves(hu, len(hu), self._pixels), USUAL_VOXEL_MM)
 
     @torch.inference_mode()
     def encode(self, images: NDArray[np.uint8]) -> Encoded:

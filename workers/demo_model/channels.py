@@ -1,7 +1,8 @@
 """A stack of slabs to the three channels that the demonstration model sees. numpy alone.
 
 Red is the wide CT window, green the soft tissue window, blue the *blob* channel: what is brighter than
-everything long around it. It is computed on the whole stack before any pruning.
+everything long around it. It is computed on the whole stack before any pruning, on halves of slabs: in a slab of 11 mm
+a vessel that crosses slantwise is as short as a nodule.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.demo_model.opening import SQUARE, Voxel, greatest_opening, lines, widened
+
+THIRD_CHANNEL = "blobs in halves of slabs, and what is denser than dense_hu"  # weights say which they were trained on
 SLABS = 24
 PIXELS = 120
 WINDOWS_HU = ((-1024, 1024), (-135, 215))
 BLOB_FULL_HU = 500  # contrast that saturates the blue channel
 DENSE_HU = 400  # in a slab of 11 mm only calcium is denser; what is above is added to the blue channel
-LINE_PIXELS = 11  # what is longer than this in any direction is no blob
-_DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1), (1, 2), (2, 1), (1, -2), (2, -1))
-_LOW, _HIGH = -1000, 100
+LINE_MM = 30.0  # what is longer than this in any direction is no blob
+USUAL_VOXEL_MM = (5.6, 3.1, 3.1)  # of half a slab of a chest; taken where a series does not say its own
+_LOW_HU, _HIGH_HU = -1000, 100  # between which blobs are looked for, in 255 steps
 
 HounsfieldUnits = NDArray[np.int16] | NDArray[np.float32]
 
@@ -29,15 +33,38 @@ def slab_bounds(slices: int, slabs: int = SLABS) -> NDArray[np.int64]:
     return np.rint(np.linspace(0, slices, count + 1)).astype(np.int64)
 
 
-def to_slabs(hu: HounsfieldUnits, slabs: int = SLABS, pixels: int = PIXELS) -> NDArray[np.float32]:
-    """The mean of neighbouring slices, and of neighbouring pixels: (S, H, W) to (slabs, pixels, pixels).
+def to_halves(values: HounsfieldUnits, slabs: int = SLABS, pixels: int = PIXELS) -> NDArray[np.float32]:
+    """Each slab in two halves of equal length, and pixels averaged: (S, H, W) to (2 * slabs, pixels, pixels).
 
-    Pixels are averaged over the area they cover, so that noise falls as it does in the training data.
+    Slices and pixels are averaged over what they cover, so that noise falls as it does in the training data; a slab
+    of one slice is its own two halves.
     """
-    bounds = slab_bounds(len(hu), slabs)
-    means = np.stack([hu[a:b].mean(axis=0, dtype=np.float32) for a, b in pairwise(bounds)])
-    rows, columns = area_matrix(means.shape[1], pixels), area_matrix(means.shape[2], pixels)
-    return np.asarray(np.einsum("ph,shw,qw->spq", rows, means, columns, optimize=True), np.float32)
+    halves = np.concatenate(
+        [
+            np.tensordot(area_matrix(b - a, 2), values[a:b].astype(np.float32), axes=1)
+            for a, b in pairwise(slab_bounds(len(values), slabs))
+        ]
+    )
+    if values.shape[1:] != (pixels, pixels):  # as phantoms for training are
+        rows, columns = (area_matrix(size, pixels) for size in values.shape[1:])
+        halves = rows @ halves @ columns.T
+    return np.asarray(halves, np.float32)
+
+
+def to_slabs(halves: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(2 S, P, P) to (S, P, P): the mean of each slab's halves, which is that of its slices."""
+    return (halves[::2] + halves[1::2]) * np.float32(0.5)
+
+
+def voxel_of_halves(spacing_mm: Voxel, shape: tuple[int, ...], halves: tuple[int, ...]) -> Voxel:
+    """mm between the voxels of `halves`, a shape, made from a stack of this spacing and shape.
+
+    Where the spacing is not known, that of a usual chest.
+    """
+    if not all(np.isfinite(step) and step > 0 for step in spacing_mm):
+        return USUAL_VOXEL_MM
+    slices, rows, columns = (step * size / small for step, size, small in zip(spacing_mm, shape, halves, strict=True))
+    return (slices, rows, columns)
 
 
 def area_matrix(size: int, pixels: int) -> NDArray[np.float32]:
@@ -49,11 +76,11 @@ def area_matrix(size: int, pixels: int) -> NDArray[np.float32]:
     return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
 
 
-def ct_images(hu: HounsfieldUnits) -> NDArray[np.uint8]:
-    """Slabs in HU, (S, P, P), to what the model's image processor gets, (S, P, P, 3)."""
-    channels = [_scaled(hu.astype(np.float32), low, high) for low, high in WINDOWS_HU]
-    dense = np.maximum(hu.astype(np.float32) - DENSE_HU, 0)
-    channels.append(_scaled(blobs(hu).astype(np.float32) + dense, 0, BLOB_FULL_HU))
+def ct_images(halves: NDArray[np.float32], voxel_mm: Voxel) -> NDArray[np.uint8]:
+    """Halves of slabs in HU, (2 S, P, P), to what the model's image processor gets, (S, P, P, 3)."""
+    slabs = to_slabs(halves)
+    channels = [_scaled(slabs, low, high) for low, high in WINDOWS_HU]
+    channels.append(_scaled(to_slabs(blobs(halves, voxel_mm)) + np.maximum(slabs - DENSE_HU, 0), 0, BLOB_FULL_HU))
     return np.stack(channels, axis=-1)
 
 
@@ -64,60 +91,19 @@ def mr_images(values: HounsfieldUnits) -> NDArray[np.uint8]:
     return np.repeat(scaled[..., None], 3, axis=-1)
 
 
-def blobs(hu: HounsfieldUnits) -> NDArray[np.int16]:
+def blobs(hu: HounsfieldUnits, voxel_mm: Voxel) -> NDArray[np.float32]:
     """How much brighter each place is than everything long that runs through it, in HU; 0 or more.
 
-    Grey openings: first with a square of two pixels, which removes thin vessels; from that the greatest opening
-    with a line of LINE_PIXELS in eight directions, or of three slabs along the stack, is taken away: chest wall, heart,
-    diaphragm and vessels vanish, round things stay.
+    A grey opening with a square of two pixels removes thin vessels; from that the greatest opening with a line of
+    LINE_MM in any of 25 directions of space is taken away: chest wall, heart, diaphragm and vessels vanish, round
+    things stay.
     """
-    stack = _open(np.clip(np.rint(hu), _LOW, _HIGH).astype(np.int16), ((0, 1), (1, 0), (1, 1)))
-    long = _along_stack(stack)
-    for direction in _DIRECTIONS:
-        np.maximum(long, _open(stack, _line(direction)), out=long)
-    return stack - long
+    step_hu = (_HIGH_HU - _LOW_HU) / 255
+    levels = np.rint((np.clip(hu.astype(np.float32), _LOW_HU, _HIGH_HU) - _LOW_HU) / step_hu).astype(np.uint8)
+    stack = greatest_opening(levels, (SQUARE,))
+    long = greatest_opening(widened(stack), lines(LINE_MM, voxel_mm))
+    return np.asarray(stack - np.minimum(stack, long), np.float32) * np.float32(step_hu)
 
 
 def _scaled(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
     return np.asarray(np.rint(np.clip((values - low) * (255 / (high - low)), 0, 255)), np.uint8)
-
-
-def _line(direction: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """Pixels of a centred line without its centre, as (row, column) offsets."""
-    norm = float(np.hypot(*direction))
-    steps = range(-(LINE_PIXELS // 2), LINE_PIXELS // 2 + 1)
-    places = {(round(step * direction[0] / norm), round(step * direction[1] / norm)) for step in steps}
-    return tuple(sorted(places - {(0, 0)}))
-
-
-def _open(stack: NDArray[np.int16], offsets: tuple[tuple[int, int], ...]) -> NDArray[np.int16]:
-    """Grey opening of every slab by the origin and these offsets."""
-    reach = LINE_PIXELS // 2 + 1
-    eroded = _extreme(np.minimum, stack, offsets, reach, np.int16(_HIGH))
-    mirrored = tuple((-row, -column) for row, column in offsets)
-    return _extreme(np.maximum, eroded, mirrored, reach, np.int16(_LOW))
-
-
-def _extreme(
-    choose: np.ufunc, stack: NDArray[np.int16], offsets: tuple[tuple[int, int], ...], reach: int, outside: np.int16
-) -> NDArray[np.int16]:
-    rows, columns = stack.shape[1:]
-    padded = np.pad(stack, ((0, 0), (reach, reach), (reach, reach)), constant_values=outside)
-    result = stack.copy()
-    for row, column in offsets:
-        part = padded[:, reach + row : reach + row + rows, reach + column : reach + column + columns]
-        choose(result, part, out=result)
-    return result
-
-
-def _along_stack(stack: NDArray[np.int16]) -> NDArray[np.int16]:
-    """What goes on through three slabs, allowing one pixel of sideways drift."""
-    near = _extreme(np.maximum, stack, ((0, 1), (0, -1), (1, 0), (-1, 0)), 1, np.int16(_LOW))
-    padded = np.pad(near, ((2, 2), (0, 0), (0, 0)), constant_values=_LOW)
-    count = len(stack)
-    shifted = {step: padded[2 + step : 2 + step + count] for step in (-2, -1, 1, 2)}
-    runs = ((-1, 1), (1, 2), (-1, -2))
-    result = np.full_like(stack, _LOW)
-    for one, other in runs:
-        np.maximum(result, np.minimum(stack, np.minimum(shifted[one], shifted[other])), out=result)
-    return result

@@ -19,6 +19,7 @@ from transformers import Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from service.shared.messages import Aspect, FindingName
+from workers.demo_model.accuracy import SMALLEST_CLAIMED_MM
 from workers.demo_model.encode import Places, Shown
 from workers.demo_model.labels import Labels
 from workers.demo_model.report_text import write
@@ -28,6 +29,9 @@ from workers.questions import NODULE_DIAMETERS_MM, Question, questions_about
 # Weights of the loss of a token. Most of a report's hundred say nothing of the study; those at which reports of
 # different studies part are worth more, and whether there is a nodule is the hardest to see.
 FIXED, ATTRIBUTE, PRESENCE, NODULE_PRESENCE = 0.15, 1.5, 3.0, 8.0
+UNCLAIMED = (
+    0.5  # times those of a nodule, where the largest is below what is claimed: what cannot be seen teaches guessing
+)
 REPEATED = 0.6  # what the impression says again
 ANSWER, NODULE_ANSWER, END_OF_ANSWER = 1.5, 3.0, 0.1
 PARTING_WORDS = frozenset(
@@ -94,7 +98,7 @@ class Writer:
     def row(self, prompt: list[int], labels: Labels, asked: Sequence[tuple[Question, str]]) -> Row:
         answer = self.answer(labels)
         ids, branch = [*prompt, *answer], [0] * (len(prompt) + len(answer))
-        weight = [0.0] * len(prompt) + report_weights(self.words.convert_ids_to_tokens(answer), labels.supported)
+        weight = [0.0] * len(prompt) + report_weights(self.words.convert_ids_to_tokens(answer), labels)
         position = list(range(len(ids)))
         begin = len(ids)
         for number, (question, said) in enumerate(asked, 1):
@@ -103,13 +107,19 @@ class Writer:
             ids += [*given, *right]
             branch += [number] * (len(given) + len(right))
             nodule = question.finding is FindingName.NODULE and question.aspect is Aspect.PRESENCE
-            first = NODULE_ANSWER if nodule else ANSWER
+            first = NODULE_ANSWER * weight_of_nodule(labels) if nodule else ANSWER
             weight += [0.0] * len(given) + [first] + [END_OF_ANSWER] * (len(right) - 1)
             position += range(begin, begin + len(given) + len(right))
         return Row(ids, branch, weight, position)
 
 
-def report_weights(words: Sequence[str], supported: bool) -> list[float]:
+def weight_of_nodule(labels: Labels) -> float:
+    """Factor for whether there is a nodule."""
+    largest = max((nodule.diameter_mm for nodule in labels.nodules), default=SMALLEST_CLAIMED_MM)
+    return 1.0 if largest >= SMALLEST_CLAIMED_MM else UNCLAIMED
+
+
+def report_weights(words: Sequence[str], labels: Labels) -> list[float]:
     """Of the tokens of a report in the first phrasing. Its sentences' first words say what is there, nodules first."""
     impression = words.index("Impression")
     found, sentence = [], 0
@@ -119,8 +129,8 @@ def report_weights(words: Sequence[str], supported: bool) -> list[float]:
         first = index > 0 and words[index - 1] in (".", ":")
         if index >= impression:
             found.append(REPEATED if parting else FIXED)
-        elif first and sentence == 0 and supported:
-            found.append(NODULE_PRESENCE)
+        elif first and sentence == 0 and labels.supported:
+            found.append(NODULE_PRESENCE * weight_of_nodule(labels))
         elif first or plain in ("is", "size"):  # "Heart is enlarged", "Heart size is normal"
             found.append(PRESENCE)
         else:

@@ -42,7 +42,7 @@ class Places:
 
 
 def places_of(phantom: Phantom) -> Places:
-    """Of a phantom rendered as slabs."""
+    """Of a phantom as slabs."""
     if not phantom.labels.supported:
         return Places()
     largest = max(phantom.findings.nodules, key=lambda nodule: nodule.diameter_mm, default=None)

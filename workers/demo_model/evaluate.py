@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 
 from service.shared.settings import PruningSettings
 from workers.demo_model.channels import SLABS as SLAB_COUNT
-from workers.demo_model.channels import ct_images, mr_images, to_slabs
 from workers.demo_model.encode import guide_of
 from workers.demo_model.labels import Labels
-from workers.demo_model.phantom import SLABS, THICK, THIN, Modality, Phantom, Protocol, generate_mixed
-from workers.demo_model.pool import TOKENS_PER_SIDE
+from workers.demo_model.phantom import SLABS, THICK, THIN, Protocol, as_slabs, generate_mixed
+from workers.demo_model.pool import TOKENS_PER_SIDE, images_of
 from workers.demo_model.targets import Sign, targets_of
 from workers.guide import Guide
 from workers.vlm.assemble import prune
@@ -63,17 +62,11 @@ class Reading:
     cpu_s: float
 
 
-def images_of(phantom: Phantom) -> NDArray[np.uint8]:
-    """What the worker's preprocessing makes of this phantom for the demonstration model."""
-    slabs = to_slabs(phantom.values)
-    return ct_images(slabs) if phantom.modality is Modality.CT else mr_images(slabs)
-
-
 def study_of(seed: int, protocol: Protocol) -> Study:
     """A chest CT, or now and then something else."""
     phantom = generate_mixed(seed, protocol)
     length_mm = len(phantom.z_mm) * phantom.slice_mm
-    shown = targets_of(phantom, TOKENS_PER_SIDE).present[..., Sign.NODULE] > 0 if protocol is SLABS else None
+    shown = targets_of(as_slabs(phantom), TOKENS_PER_SIDE).present[..., Sign.NODULE] > 0 if protocol is SLABS else None
     return Study(
         seed=seed,
         images=images_of(phantom),

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from service.shared.messages import FindingName
 from workers.demo_model.architecture import TOKENS_PER_IMAGE, config
-from workers.demo_model.channels import BLOB_FULL_HU, DENSE_HU, LINE_PIXELS, PIXELS, SLABS, WINDOWS_HU
+from workers.demo_model.channels import BLOB_FULL_HU, DENSE_HU, LINE_MM, PIXELS, SLABS, THIRD_CHANNEL, WINDOWS_HU
 from workers.demo_model.words import IMAGE_TOKENS, SPACE, SPECIAL_TOKENS, vocabulary
 
 MARK = "medpruner.json"  # beside config.json: what kind of weights these are, and which input they want
@@ -28,9 +28,9 @@ MARK_CONTENT: dict[str, Any] = {
         "slab_operation": "mean",
         "pixels": PIXELS,
         "windows_hu": [list(window) for window in WINDOWS_HU],
-        "third_channel": "blobs, and what is denser than dense_hu",
+        "third_channel": THIRD_CHANNEL,
         "blob_full_hu": BLOB_FULL_HU,
-        "blob_line_pixels": LINE_PIXELS,
+        "blob_line_mm": LINE_MM,
         "dense_hu": DENSE_HU,
         "slice_order": "head first",
     },

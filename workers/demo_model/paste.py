@@ -16,11 +16,13 @@ from workers.demo_model.render import Mask, paint_ball
 
 DIAMETERS_MM = ((4.0, 7.0), (7.0, 13.0), (12.0, 30.0))  # logarithmically even within
 SHARES = (0.1, 0.5, 0.4)  # of each of these
-PLAQUES = 0.35  # share of the chests without plaques that are given some
 
 
-def paste(scene: Scene, random: np.random.Generator, most: int) -> Scene:
-    """A copy of a chest without nodules, with up to `most`; anything else as it is."""
+def paste(scene: Scene, random: np.random.Generator, most: int, plaques_share: float = 0.0) -> Scene:
+    """A copy of a chest without nodules, with up to `most`; anything else as it is.
+
+    plaques_share: of the chests without plaques, how many are given some.
+    """
     if not scene.labels.supported:
         return scene
     chest, found = chest_at(scene.seed), scene.findings
@@ -29,7 +31,7 @@ def paste(scene: Scene, random: np.random.Generator, most: int) -> Scene:
         nodule = draw_nodule(chest, random, found, nodules, diameter_mm=draw_diameter_mm(random))
         if nodule is not None:
             nodules.append(nodule)
-    plaques = draw_calcifications(chest, random) if not found.calcifications and random.random() < PLAQUES else ()
+    plaques = draw_calcifications(chest, random) if not found.calcifications and random.random() < plaques_share else ()
     hu, masks = scene.hu.copy(), scene.masks.copy()
     for one in nodules:
         paint_ball(hu, masks, scene.grid, one.centre_mm, one.diameter_mm, one.hu, Mask.NODULE)

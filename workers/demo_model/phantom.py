@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from workers.demo_model.anatomy import Chest, draw_chest, with_enlarged_heart
+from workers.demo_model.channels import slab_bounds
 from workers.demo_model.findings import Findings, draw_findings
 from workers.demo_model.labels import Labels, labels_of
 from workers.demo_model.other_bodies import Body, render_body
@@ -41,7 +42,7 @@ class Protocol:
 OTHER_SHARE = 0.15  # of held-out phantoms that are no chest CT
 THIN = Protocol(pixels=512, slice_mm=1.25)
 THICK = Protocol(pixels=512, slice_mm=5.0)
-SLABS = Protocol(pixels=120, slices=24)  # what the demonstration model sees of either
+SLABS = Protocol(pixels=120, slices=48)  # two slices for each slab that the demonstration model sees of either
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,6 +165,20 @@ def scan(scene: Scene, random: np.random.Generator) -> Phantom:
 def without_noise(scene: Scene) -> Phantom:
     """The scene as an ideal scanner would store it: for what is asked of the masks alone."""
     return _phantom(scene, scene.hu.astype(np.int16), Kernel.SOFT)
+
+
+def as_slabs(phantom: Phantom) -> Phantom:
+    """The phantom in the slabs that the model sees: values are means, masks show what any of a slab's slices does."""
+    bounds = slab_bounds(len(phantom.values))
+    sizes = np.diff(bounds)
+    total = np.add.reduceat(phantom.values.astype(np.float32), bounds[:-1], axis=0)
+    return replace(
+        phantom,
+        values=np.rint(total / sizes[:, None, None]).astype(np.int16),
+        masks=np.bitwise_or.reduceat(phantom.masks, bounds[:-1], axis=0),
+        z_mm=np.add.reduceat(phantom.z_mm, bounds[:-1]) / sizes.astype(np.float32),
+        slice_mm=phantom.slice_mm * len(phantom.values) / len(sizes),
+    )
 
 
 def _phantom(scene: Scene, stored: NDArray[np.int16], kernel: Kernel) -> Phantom:

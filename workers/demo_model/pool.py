@@ -1,6 +1,4 @@
-"""A pool of rendered scenes for training: each is scanned several times with fresh noise, then replaced.
-
-Where many nodules are wanted, each scan shows fresh ones.
+"""A pool of rendered scenes for training: each is scanned several times with fresh noise and nodules, then replaced.
 
 Everything is drawn from (seed, rank, step), so that a run that is stopped and taken up again goes on with new data.
 """
@@ -13,25 +11,23 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.demo_model.channels import ct_images, mr_images
+from workers.demo_model.channels import ct_images, mr_images, to_halves, to_slabs, voxel_of_halves
 from workers.demo_model.labels import Labels
-from workers.demo_model.other_bodies import Body
 from workers.demo_model.paste import paste
 from workers.demo_model.phantom import (
     Modality,
     Phantom,
     Protocol,
     Scene,
+    as_slabs,
     build,
     draw_kind,
-    findings_at,
     scan,
     without_noise,
 )
 from workers.demo_model.targets import Targets, targets_of
 
 PATCHES_PER_SIDE, TOKENS_PER_SIDE = 12, 6
-SMALL_MM = 7
 TRAINING_SEEDS = 1_000_000_000  # seeds from here on are for training; those below are never trained on
 
 
@@ -46,7 +42,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One scanned study. images: (S, P, P, 3) uint8."""
+    """One scanned study as the slabs that the model sees. images: (S, P, P, 3) uint8."""
 
     images: NDArray[np.uint8]
     phantom: Phantom
@@ -59,15 +55,15 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """What the scenes are like. `nodules`: how many at most are pasted into each chest at every scan; None for the
-    ordinary share, rendered with the chest.
+    """What the scenes are like. `nodules`: how many at most are pasted into each chest at every scan.
+    `plaques_share`: of the chests without plaques, how many are then given some.
     """
 
     size: int = 120
     fresh: int = 1  # scenes replaced per batch
     other_share: float = 0.15
-    nodules: int | None = 8
-    small_share: float = 1.0  # of the chests whose largest nodule is below SMALL_MM, the rest is drawn again
+    nodules: int = 8
+    plaques_share: float = 0.35
 
 
 def examples(seed: int, rank: int, first_step: int, batch: int, mixture: Mixture) -> Iterator[list[Example]]:
@@ -79,38 +75,38 @@ def examples(seed: int, rank: int, first_step: int, batch: int, mixture: Mixture
         wanted = mixture.fresh if len(members) >= min(mixture.size, batch * 3) else batch
         for _ in range(wanted):
             counter += 1
-            while (member := _member(counter, random, mixture)) is None:
-                counter += 1
-            members.append(member)
+            members.append(_member(counter, random, mixture))
         del members[: max(0, len(members) - mixture.size)]
         chosen = random.choice(len(members), size=min(batch, len(members)), replace=False)
-        yield [expose(_fresh(members[index], random, mixture.nodules), random) for index in chosen]
+        yield [expose(_fresh(members[index], random, mixture), random) for index in chosen]
 
 
 def expose(member: Member, random: np.random.Generator) -> Example:
     """Scan a scene once more."""
     phantom = scan(member.scene, random)
-    images = ct_images(phantom.values) if phantom.modality is Modality.CT else mr_images(phantom.values)
-    return Example(images, phantom, member)
+    return Example(images_of(phantom), as_slabs(phantom), member)
 
 
-def _fresh(member: Member, random: np.random.Generator, nodules: int | None) -> Member:
-    """The member as it is, or with other nodules than last time."""
-    return member if nodules is None else member_of(paste(member.scene, random, nodules))
+def images_of(phantom: Phantom) -> NDArray[np.uint8]:
+    """What the worker's preprocessing makes of this phantom for the demonstration model."""
+    halves = to_halves(phantom.values)
+    if phantom.modality is not Modality.CT:
+        return mr_images(to_slabs(halves))
+    spacing_mm = (phantom.slice_mm, phantom.pixel_mm, phantom.pixel_mm)
+    return ct_images(halves, voxel_of_halves(spacing_mm, phantom.values.shape, halves.shape))
+
+
+def _fresh(member: Member, random: np.random.Generator, mixture: Mixture) -> Member:
+    """With other nodules than last time."""
+    return member_of(paste(member.scene, random, mixture.nodules, mixture.plaques_share))
 
 
 def member_of(scene: Scene) -> Member:
-    phantom = without_noise(scene)
+    phantom = as_slabs(without_noise(scene))
     return Member(scene, targets_of(phantom, PATCHES_PER_SIDE), targets_of(phantom, TOKENS_PER_SIDE))
 
 
-def _member(seed: int, random: np.random.Generator, mixture: Mixture) -> Member | None:
-    """None for what the mixture wants less of, before it is rendered."""
+def _member(seed: int, random: np.random.Generator, mixture: Mixture) -> Member:
     body, modality = draw_kind(random, mixture.other_share)
-    protocol = Protocol(120, slices=int(random.integers(20, 25)) if random.random() < 0.3 else 24)
-    bare = None if mixture.nodules is None else 0
-    if body is Body.CHEST and modality is Modality.CT and mixture.small_share < 1:
-        largest = max((one.diameter_mm for one in findings_at(seed, nodules=bare).nodules), default=SMALL_MM)
-        if largest < SMALL_MM and random.random() >= mixture.small_share:
-            return None
-    return member_of(build(seed, protocol, body=body, modality=modality, nodules=bare))
+    protocol = Protocol(120, slices=int(random.integers(20, 60)) if random.random() < 0.3 else 48)
+    return member_of(build(seed, protocol, body=body, modality=modality, nodules=0))

@@ -36,7 +36,6 @@ PROMPTS = (
     "with the sections Findings: and Impression:.",
     "Describe this CT study.",
 )
-SMALL_SHARE = 0.35  # of the chests whose only nodule is too small for the tower: what cannot be seen teaches guessing
 TEXT_TOKENS = 330  # prompt, report and questions without visual tokens, about
 
 
@@ -54,7 +53,7 @@ class DecoderPlan:
     aspects: int = 3  # asked about after each report at most, besides whether each finding is there
     tokens: int = 3600  # of all readings of a step and process together
     fresh: int = 1  # studies encoded at a time, per process
-    every: int = 2  # steps from one time to the next
+    every: int = 1  # steps from one time to the next
     kept: int = 3000  # encoded studies in memory per process
     first: int = 1500
     noise: float = 0.2  # added to each feature, as a share of its spread: stands for another scan of the same study
@@ -156,7 +155,7 @@ def train_decoder(
     checkpoint = folder / "decoder.pt"
     state = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
     eyes = load_eyes(folder, plan, start)
-    mixture = Mixture(nodules=None, fresh=1, size=60, small_share=SMALL_SHARE)
+    mixture = Mixture(nodules=1, plaques_share=0, fresh=1, size=60)
     if state is None and plan.carry:
         _carry(eyes, plan, start)
     elif state is None and plan.sharpen:

@@ -51,7 +51,8 @@ SIGN_WEIGHTS = {
     Sign.LOWER: 0.5,
 }
 POSITIVE_WEIGHTS = {Sign.NODULE: 3.0, Sign.CALCIFICATION: 3.0}
-SIZE_WEIGHTS = ((6.0, 0.2), (8.0, 0.7), (14.0, 1.6), (float("inf"), 1.0))  # of a nodule up to this diameter in mm
+# Of a nodule up to this diameter in mm:
+SIZE_WEIGHTS = ((6.0, 0.2), (8.0, 0.7), (12.0, 2.0), (20.0, 1.2), (float("inf"), 1.4))
 SMALLEST_MEASURED_MM = 7  # the diameter of smaller ones is not asked
 PATCH_SHARE = 0.3  # of the loss on patches, beside that on the tokens, which are what the language model gets
 SLAB_SHARE = 0.4  # of the loss on a slab's likeliest true and likeliest false place for a nodule

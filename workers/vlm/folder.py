@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from service.shared.messages import FindingName, Flag, ModelIdentity
 from service.shared.settings import ConfigurationError, ModelSettings
+from workers.demo_model.channels import THIRD_CHANNEL
 from workers.vlm.prompt import SliceNames
 
 if TYPE_CHECKING:
@@ -203,6 +204,12 @@ def _mark(folder: Path) -> dict[str, Any]:
         raise ConfigurationError(f'{path}: "slice_names" must be one of {", ".join(SliceNames)}')
     if not {*mark.get("coded_findings", ())} <= {*FindingName}:
         raise ConfigurationError(f'{path}: "coded_findings" must be of {", ".join(FindingName)}')
+    channel = mark.get("preprocessing", {}).get("third_channel", THIRD_CHANNEL)
+    if channel != THIRD_CHANNEL:
+        raise ConfigurationError(
+            f'{path}: "third_channel" is "{channel}", but this version makes "{THIRD_CHANNEL}"; use weights of this '
+            "version, or the version that they came with"
+        )
     return mark
 
 

@@ -25,12 +25,13 @@ from workers.demo_model.dialogue import (
     run_rows,
     text_loss,
     true_answer,
+    weight_of_nodule,
 )
 from workers.demo_model.encode import Places, Shown, places_of
 from workers.demo_model.findings import Extent, NoduleKind
 from workers.demo_model.folder import new_model, tokenizer
 from workers.demo_model.labels import ConsolidationLabel, EffusionLabel, Labels, NoduleLabel
-from workers.demo_model.phantom import SLABS, generate
+from workers.demo_model.phantom import SLABS, as_slabs, generate
 from workers.demo_model.words import IMAGE_TOKENS
 from workers.questions import Question, questions_about
 
@@ -132,10 +133,10 @@ def test_of_another_body_it_is_always_asked_whether_it_is_a_chest() -> None:
 def test_words_that_tell_studies_apart_weigh_more(writer: Writer) -> None:
     """Whether there is a nodule most; what every report has in common hardly anything."""
     words = writer.words.convert_ids_to_tokens(writer.answer(LABELS))
-    weights = list(zip(words, report_weights(words, supported=True), strict=True))
+    weights = list(zip(words, report_weights(words, LABELS), strict=True))
     impression = words.index("Impression")
 
-    assert weights[2] == ("▁Left", max(report_weights(words, supported=True)))
+    assert weights[2] == ("▁Left", max(report_weights(words, LABELS)))
     assert {weight for word, weight in weights if word in ("▁zone", "▁mm", ".", "▁lung")} == {FIXED}
     assert {weight for word, weight in weights[:impression] if word in ("▁Bilateral", "▁No", "▁is")} == {PRESENCE}
     assert {weight for word, weight in weights[:impression] if word in ("▁14", "▁upper", "▁solid")} == {ATTRIBUTE}
@@ -144,13 +145,23 @@ def test_words_that_tell_studies_apart_weigh_more(writer: Writer) -> None:
 
 def test_the_decoded_sentence_of_another_body_has_no_nodule_to_weigh(writer: Writer) -> None:
     """Its first word is not about nodules."""
-    words = writer.words.convert_ids_to_tokens(writer.answer(Labels(supported=False)))
-    assert max(report_weights(words, supported=False)) == PRESENCE
+    other = Labels(supported=False)
+    words = writer.words.convert_ids_to_tokens(writer.answer(other))
+    assert max(report_weights(words, other)) == PRESENCE
+
+
+def test_a_nodule_below_what_is_claimed_weighs_less() -> None:
+    """What cannot be seen teaches guessing."""
+    tiny, claimed = (
+        weight_of_nodule(replace(LABELS, nodules=(replace(LABELS.nodules[0], diameter_mm=diameter_mm),)))
+        for diameter_mm in (6, 8)
+    )
+    assert tiny < claimed == weight_of_nodule(Labels())
 
 
 def test_places_are_the_slabs_that_hold_the_findings() -> None:
     """The slab of the largest nodule's centre, counted from 1, head first."""
-    phantom = next(one for seed in range(40) if (one := generate(seed, SLABS)).findings.nodules)
+    phantom = as_slabs(next(one for seed in range(40) if (one := generate(seed, SLABS)).findings.nodules))
     place = places_of(phantom).nodule
     assert place is not None
     centre = max(phantom.findings.nodules, key=lambda nodule: nodule.diameter_mm).centre_mm[2]

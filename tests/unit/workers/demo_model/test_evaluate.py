@@ -12,10 +12,12 @@ import torch
 from service.shared.messages import FindingName
 from service.shared.settings import ModelSettings, PruningMethod, PruningSettings
 from workers.demo_model.assemble import assemble
-from workers.demo_model.evaluate import images_of, look, read_together, study_of
+from workers.demo_model.channels import THIRD_CHANNEL
+from workers.demo_model.evaluate import look, read_together, study_of
 from workers.demo_model.folder import MARK, new_model, write_folder
 from workers.demo_model.other_bodies import Body
 from workers.demo_model.phantom import SLABS, Modality, Protocol, generate, labels_at
+from workers.demo_model.pool import images_of
 from workers.vlm import Reading, open_model
 
 
@@ -57,7 +59,7 @@ def test_folder_is_small_and_says_what_it_is(folder: Path) -> None:
 
     assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
     assert mark["weights"] == "demonstration"
-    assert mark["preprocessing"]["third_channel"] == "blobs, and what is denser than dense_hu"
+    assert mark["preprocessing"]["third_channel"] == THIRD_CHANNEL
     assert mark["coded_findings"] == list(FindingName)
 
 
@@ -74,10 +76,11 @@ def test_assembled_weights_are_the_trained_ones(tmp_path: Path) -> None:
 
 
 def test_slab_protocol_needs_no_resampling() -> None:
-    """A phantom rendered as slabs goes in as it is."""
+    """A phantom rendered as halves of slabs goes in as it is, two and two."""
     phantom = generate(1, SLABS)
+    slabs = phantom.values.reshape(24, 2, 120, 120).mean(axis=1, dtype=np.float32)
 
-    assert (images_of(phantom)[..., 0] == np.rint(np.clip((phantom.values + 1024) / 2048 * 255, 0, 255))).all()
+    assert (images_of(phantom)[..., 0] == np.rint(np.clip((slabs + 1024) * (255 / 2048), 0, 255))).all()
 
 
 def test_magnetic_resonance_is_scaled_by_percentiles() -> None:

@@ -10,10 +10,11 @@ import pytest
 
 from service.shared.messages import SliceOperation, SourceState
 from service.shared.settings import SeriesSettings
+from workers.demo_model.channels import THIRD_CHANNEL
 from workers.demo_model.dicom_series import write_series
-from workers.demo_model.evaluate import images_of
 from workers.demo_model.inputs import prepare_for_demonstration
 from workers.demo_model.phantom import Phantom, Protocol, generate
+from workers.demo_model.pool import images_of
 from workers.headers import read_headers
 from workers.volume import Volume, load
 
@@ -21,7 +22,7 @@ WANTED = {
     "slabs": 24,
     "pixels": 60,
     "windows_hu": [[-1024, 1024], [-135, 215]],
-    "third_channel": "blobs, and what is denser than dense_hu",
+    "third_channel": THIRD_CHANNEL,
 }
 
 
@@ -41,6 +42,7 @@ def test_inputs_are_those_of_the_training(phantom: Phantom, volume: Volume) -> N
     prepared = prepare_for_demonstration(volume, SeriesSettings(), WANTED | {"pixels": 120})
 
     assert np.array_equal(prepared.pixels, images_of(phantom))
+    assert prepared.applied["blob_voxel_mm"][0] == pytest.approx(6.0 * len(phantom.values) / 48, abs=0.01)
 
 
 def test_every_slice_is_in_a_slab(volume: Volume) -> None:

@@ -15,6 +15,7 @@ from workers.demo_model.phantom import (
     Modality,
     Phantom,
     Protocol,
+    as_slabs,
     build,
     generate,
     generate_mixed,
@@ -175,5 +176,13 @@ def test_mixed_phantoms_hold_both_kinds() -> None:
 
 
 def test_slabs_are_what_the_model_sees() -> None:
-    """The protocol of training is 24 slabs of 120 pixels."""
-    assert generate(0, SLABS).values.shape == (24, 120, 120)
+    """The protocol of training has two slices of 120 pixels for each of 24 slabs."""
+    phantom = generate(3, SLABS)
+    slabs = as_slabs(phantom)
+
+    assert phantom.values.shape == (48, 120, 120)
+    assert slabs.values.shape == slabs.masks.shape == (24, 120, 120)
+    assert slabs.z_mm == pytest.approx(phantom.z_mm.reshape(24, 2).mean(axis=1), abs=1e-3)
+    assert slabs.slice_mm == pytest.approx(2 * phantom.slice_mm)
+    assert np.abs(slabs.values - phantom.values.reshape(24, 2, 120, 120).mean(axis=1)).max() <= 0.5
+    assert (slabs.masks == phantom.masks[::2] | phantom.masks[1::2]).all()

@@ -24,7 +24,7 @@ from workers.demo_model.folder import new_model, write_folder
 from workers.demo_model.optimise import Schedule, knows_half
 from workers.demo_model.paste import paste
 from workers.demo_model.phantom import Modality, Protocol, build, scan
-from workers.demo_model.pool import SMALL_MM, TRAINING_SEEDS, Mixture, examples, expose, member_of
+from workers.demo_model.pool import TRAINING_SEEDS, Mixture, examples, expose, member_of
 from workers.demo_model.sharpen import pooled, sharpen
 from workers.demo_model.slab_signs import NAMES, slab_signs
 from workers.demo_model.targets import SIGNS, Sign
@@ -266,16 +266,14 @@ def test_slabs_are_asked_what_they_show() -> None:
     assert weight[column["nodule"] > 0].all()
 
 
-def test_what_can_hardly_be_seen_is_shown_less_often() -> None:
-    """Of the chests whose nodule is too small the mixture takes a share; the others are as they were."""
+def test_plaques_are_pasted_where_they_are_asked_for() -> None:
+    """The tower sees many; the language model as many as there are, or it would guess."""
 
-    def smallest(share: float) -> int:
-        drawn = examples(4, 0, 0, 1, Mixture(nodules=None, size=1, other_share=0, small_share=share))
-        largest = [max((n.diameter_mm for n in next(drawn)[0].labels.nodules), default=99) for _ in range(12)]
-        return sum(mm < SMALL_MM for mm in largest)
+    def calcified(share: float) -> int:
+        drawn = examples(4, 0, 0, 1, Mixture(size=1, other_share=0, plaques_share=share))
+        return sum(next(drawn)[0].labels.calcification for _ in range(12))
 
-    assert smallest(1.0) > 0
-    assert smallest(0.0) == 0
+    assert calcified(0.0) < calcified(1.0) == 12
 
 
 def test_short_readings_without_the_towers_heads_are_refused(tmp_path: Path) -> None:

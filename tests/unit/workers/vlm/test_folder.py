@@ -87,6 +87,17 @@ def test_a_finding_that_has_no_code_is_refused(folder: Path) -> None:
         open_model(ModelSettings(), folder)
 
 
+def test_weights_that_were_trained_on_another_third_channel_are_refused(folder: Path) -> None:
+    """They would read what they never saw, and nobody would know."""
+    mark = {"weights": "demonstration", "preprocessing": {"slabs": 24, "third_channel": "blobs, and what is denser"}}
+    (folder / "medpruner.json").write_text(json.dumps(mark))
+
+    with pytest.raises(
+        ConfigurationError, match=r'medpruner\.json: "third_channel" is "blobs, and what is denser", but'
+    ):
+        open_model(ModelSettings(device="cpu"), folder)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"weights": "good"}', '{"weights": "random", "slice_names": "over"}'])
 def test_mark_that_is_not_understood_is_refused(folder: Path, content: str) -> None:
     """A mark with an unknown word must not pass as a user's own weights."""
