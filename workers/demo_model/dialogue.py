@@ -29,9 +29,7 @@ from workers.questions import NODULE_DIAMETERS_MM, Question, questions_about
 # Weights of the loss of a token. Most of a report's hundred say nothing of the study; those at which reports of
 # different studies part are worth more, and whether there is a nodule is the hardest to see.
 FIXED, ATTRIBUTE, PRESENCE, NODULE_PRESENCE = 0.15, 1.5, 3.0, 8.0
-UNCLAIMED = (
-    0.5  # times those of a nodule, where the largest is below what is claimed: what cannot be seen teaches guessing
-)
+UNCLAIMED = 0.5  # times those of a nodule below what is claimed: what cannot be seen teaches guessing
 REPEATED = 0.6  # what the impression says again
 ANSWER, NODULE_ANSWER, END_OF_ANSWER = 1.5, 3.0, 0.1
 PARTING_WORDS = frozenset(
