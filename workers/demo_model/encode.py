@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import pairwise
 from math import isqrt
 from typing import Any
 
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.shared.settings import PruningMethod, PruningSettings
-from workers.demo_model.channels import slab_bounds
 from workers.demo_model.labels import Labels
 from workers.demo_model.phantom import Phantom
 from workers.demo_model.pool import Example
@@ -54,11 +52,8 @@ def places_of(phantom: Phantom) -> Places:
 
 
 def guide_of(phantom: Phantom) -> Guide:
-    """What the worker would know of this phantom's slabs before the model sees them."""
-    values = phantom.values.astype(np.float32)
-    bounds = slab_bounds(len(values))
-    slabs = np.stack([values[a:b].mean(axis=0) for a, b in pairwise(bounds)])
-    places = np.array([-phantom.z_mm[a:b].mean() for a, b in pairwise(bounds)], np.float64)
+    """What the worker would know of a phantom as slabs before the model sees it."""
+    slabs, places = phantom.values.astype(np.float32), -phantom.z_mm.astype(np.float64)
     along = float(np.median(np.diff(places)))
     return make_guide(
         slabs,

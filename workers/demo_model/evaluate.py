@@ -65,12 +65,12 @@ class Reading:
 def study_of(seed: int, protocol: Protocol) -> Study:
     """A chest CT, or now and then something else."""
     phantom = generate_mixed(seed, protocol)
-    length_mm = len(phantom.z_mm) * phantom.slice_mm
-    shown = targets_of(as_slabs(phantom), TOKENS_PER_SIDE).present[..., Sign.NODULE] > 0 if protocol is SLABS else None
+    slabs, length_mm = as_slabs(phantom), len(phantom.z_mm) * phantom.slice_mm
+    shown = targets_of(slabs, TOKENS_PER_SIDE).present[..., Sign.NODULE] > 0 if protocol is SLABS else None
     return Study(
         seed=seed,
         images=images_of(phantom),
-        guide=guide_of(phantom),
+        guide=guide_of(slabs),
         labels=phantom.labels,
         thin_slices=max(SLAB_COUNT, round(length_mm / (THIN.slice_mm or length_mm))),
         nodules=shown,

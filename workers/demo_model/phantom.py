@@ -131,12 +131,7 @@ def labels_at(seed: int, *, other_share: float = OTHER_SHARE) -> Labels:
     body, modality = draw_kind(np.random.default_rng((seed, 11)), other_share)
     if body is not Body.CHEST or modality is not Modality.CT:
         return Labels(supported=False)
-    return labels_of(findings_at(seed))
-
-
-def findings_at(seed: int, *, nodules: int | None = None) -> Findings:
-    """What `build` gives a chest of this seed, without rendering it."""
-    return _draw_patient(np.random.default_rng(seed), nodules)[1]
+    return labels_of(_draw_patient(np.random.default_rng(seed), None)[1])
 
 
 def chest_at(seed: int) -> Chest:

@@ -6,6 +6,7 @@ python -m workers.demo_model.train vision --folder var/train --steps 4000 --proc
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.rank is not None:
         _work(options.rank, options)
     elif options.processes > 1:
+        # numpy's threads of one process would take the cores of the others; read when a process first loads it
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         spawn(_work, (options,), nprocs=options.processes)  # type: ignore[no-untyped-call]
     else:
         _work(0, options)

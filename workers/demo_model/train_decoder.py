@@ -52,8 +52,7 @@ class DecoderPlan:
     reports: int = 16  # per step and process at most
     aspects: int = 3  # asked about after each report at most, besides whether each finding is there
     tokens: int = 3600  # of all readings of a step and process together
-    fresh: int = 1  # studies encoded at a time, per process
-    every: int = 1  # steps from one time to the next
+    fresh: int = 1  # studies encoded before each step, per process
     kept: int = 3000  # encoded studies in memory per process
     first: int = 1500
     noise: float = 0.2  # added to each feature, as a share of its spread: stands for another scan of the same study
@@ -183,8 +182,7 @@ def train_decoder(
     for step in range(begin, plan.steps):
         elapsed = agreed(time.monotonic() - wall, processes)
         over = schedule.share(step, elapsed)
-        if step % plan.every == 0:
-            cache += [encode_example(eyes, study) for study in next(studies)]
+        cache += [encode_example(eyes, study) for study in next(studies)]
         del cache[: max(0, len(cache) - plan.kept)]
         short = over < plan.short
         chosen = random.permutation(len(cache))[: plan.reports]
