@@ -44,7 +44,8 @@ def presence_kept(child: Child, every_s: float = BEAT_S) -> Iterator[None]:
 def presence_of(child: Child) -> Presence:
     """As it is now. Asks torch nothing before a model is loaded: loading decides how CUDA is set up."""
     identity = child.model.identity if child.model else None
-    device = identity.device if identity else child.settings.model.device
+    # on CUDA the identity names the card as well, "cuda:0 (NVIDIA H100)", which torch takes for no device
+    device = identity.device.partition(" ")[0] if identity else child.settings.model.device
     name, total, used = _device(device) if identity else (None, None, None)
     return Presence(
         name=child.name,

@@ -183,7 +183,8 @@ def build(name: str, tower: int, layers: int, device: torch.device, dtype: torch
 
 def fill(model: torch.nn.Module) -> None:
     """Random weights of the usual size; a million of them over and over, for billions would take minutes to draw."""
-    drawn = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)) * 0.02
+    first = next(model.parameters())
+    drawn = (torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)) * 0.02).to(first.device, first.dtype)
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
             torch.nn.init.ones_(module.weight)
@@ -191,8 +192,8 @@ def fill(model: torch.nn.Module) -> None:
             torch.nn.init.zeros_(bias)
     for weights in model.parameters():
         flat = weights.detach().view(-1)
-        for first in range(0, len(flat) if weights.dim() > 1 else 0, len(drawn)):
-            part = flat[first : first + len(drawn)]
+        for start in range(0, len(flat) if weights.dim() > 1 else 0, len(drawn)):
+            part = flat[start : start + len(drawn)]
             part.copy_(drawn[: len(part)])
 
 

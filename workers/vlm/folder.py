@@ -221,7 +221,7 @@ def _slice_names(mark: dict[str, Any]) -> SliceNames:
 def _device(settings: ModelSettings) -> torch.device:
     name = settings.device
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")  # with its number, as the record has it
     try:
         device = torch.device(name)
     except RuntimeError as error:

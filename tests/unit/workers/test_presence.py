@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
+import torch
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.shared import heartbeat
@@ -107,3 +108,24 @@ def test_worker_beats_while_it_lives_and_leaves_at_its_end(sessions: sessionmake
         wait_until(lambda: seen_at() != first)
 
     assert seen_at() == []
+
+
+class ModelOnCuda:
+    """Loaded on a GPU, as the identity of a model says it."""
+
+    identity = output().model.model_copy(update={"device": "cuda:1 (NVIDIA H100 80GB HBM3)"})
+
+
+def test_worker_on_a_gpu_says_which_and_how_full_it_is(
+    sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch is asked about the device by a name that it knows."""
+    free_and_total = {torch.device("cuda:1"): (30, 80)}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: free_and_total[torch.device(device)])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {torch.device(device).index}")
+    child = Child(Settings(), sessions, f"here/{os.getpid()}")
+    child.model = ModelOnCuda()  # type: ignore[assignment]
+    loaded = presence_of(child)
+
+    assert (loaded.device, loaded.device_name) == ("cuda:1", "card 1")
+    assert (loaded.memory_bytes, loaded.memory_used_bytes) == (80, 50)
