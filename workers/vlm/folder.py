@@ -83,7 +83,7 @@ def _open(settings: ModelSettings, folder: Path, *, named: str) -> Host:
             f"[model] compile: {architecture} is not compiled as a whole by transformers {transformers.__version__}; "
             "leave it false"
         )
-    device = _device(settings)
+    device = device_of(settings)
     dtype = _dtype(settings, device)
     mark = _mark(folder)
     identity = ModelIdentity(
@@ -218,7 +218,8 @@ def _slice_names(mark: dict[str, Any]) -> SliceNames:
     return SliceNames(mark.get("slice_names", SliceNames.BEFORE if mark else SliceNames.AFTER))
 
 
-def _device(settings: ModelSettings) -> torch.device:
+def device_of(settings: ModelSettings) -> torch.device:
+    """The device that [model] device asks for; ConfigurationError where there is none."""
     name = settings.device
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")  # with its number, as the record has it

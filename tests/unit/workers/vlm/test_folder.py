@@ -16,7 +16,7 @@ from service.shared.messages import FindingName, Flag
 from service.shared.settings import ConfigurationError, ModelSettings
 from workers.demo_model.random_weights import write
 from workers.vlm import open_model
-from workers.vlm.folder import HOSTS, require_features, weights_sha256
+from workers.vlm.folder import HOSTS, device_of, require_features, weights_sha256
 
 
 @pytest.fixture
@@ -203,6 +203,13 @@ def test_unknown_device_is_refused(folder: Path, device: str) -> None:
     """A device that torch does not know is named with its key."""
     with pytest.raises(ConfigurationError, match=r"\[model\] device"):
         open_model(ModelSettings(path=str(folder), device=device))
+
+
+def test_device_chosen_on_cuda_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` and `cuda:0` are the same card, and the same on record."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    assert str(device_of(ModelSettings(device="auto"))) == str(device_of(ModelSettings(device="cuda:0"))) == "cuda:0"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
