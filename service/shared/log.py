@@ -18,8 +18,18 @@ import structlog
 
 from service.shared.settings import LogSettings
 
-# Their warnings quote data sets; what matters of theirs is logged by us, in our words.
-QUIET_LOGGERS = ("pynetdicom", "pydicom", "highdicom", "py.warnings", "PIL", "urllib3", "transformers", "alembic")
+# Their warnings quote data sets; what matters of theirs is logged by us, in our words. OpenJPEG tells of every frame.
+QUIET_LOGGERS = (
+    "pynetdicom",
+    "pydicom",
+    "highdicom",
+    "py.warnings",
+    "PIL",
+    "urllib3",
+    "transformers",
+    "alembic",
+    "openjpeg",
+)
 
 
 def set_up_logging(settings: LogSettings, *, role: str) -> None:

@@ -106,6 +106,16 @@ def test_warnings_of_the_dicom_libraries_are_left_out(name: str) -> None:
     assert said_by(f"logging.getLogger({name!r}).warning('bad value %r', PLANTED)") == ""
 
 
+def test_a_map_that_is_compressed_writes_no_line() -> None:
+    """OpenJPEG tells of every frame."""
+    code = (
+        "import numpy\n"
+        "from openjpeg.utils import encode_array\n"
+        "encode_array(numpy.zeros((64, 64, 3), numpy.uint8), photometric_interpretation=1)"
+    )
+    assert said_by(code) == ""
+
+
 def test_warning_through_the_warnings_module_is_left_out() -> None:
     """pydicom warns of a bad value with the value, and Python would print that on standard error."""
     code = """
