@@ -25,7 +25,7 @@ def carry_over(eyes: Eyes, old: Eyes, studies: Sequence[Example], seed: int) -> 
     tokens move as the old ones did with that sign. The new tower's own head on the tokens no longer fits them.
     """
     before, after = (torch.cat([pooled(one, study).flatten(0, 1) for study in studies]) for one in (old, eyes))
-    targets = targets_in(studies)
+    targets = targets_in(studies, before.device)
     with torch.enable_grad():
         then, now = (_readings(tokens, targets, seed) for tokens in (before, after))
     tokens = before @ old.projector.mm_input_projection_weight
@@ -42,6 +42,6 @@ def _readings(tokens: Tensor, targets: Sequence[Tensor], seed: int) -> Tensor:
 
 def _least_squares(given: Tensor, wanted: Tensor) -> Tensor:
     square = given.T @ given
-    ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square))
+    ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square), device=square.device)
     solution: Tensor = torch.linalg.solve(square + ridge, given.T @ wanted)
     return solution

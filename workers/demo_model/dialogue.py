@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ class Writer:
         return int(self.words.get_vocab()[token])
 
     def ids(self, text: str) -> list[int]:
-        return list(self.words(text, add_special_tokens=False)["input_ids"])
+        return list(_ids(self.words, text))
 
     def prompt(self, shown: Shown, question: str) -> list[int]:
         """Each kept slab's name and its kept tokens in turn, then the question."""
@@ -109,6 +110,11 @@ class Writer:
             weight += [0.0] * len(given) + [first] + [END_OF_ANSWER] * (len(right) - 1)
             position += range(begin, begin + len(given) + len(right))
         return Row(ids, branch, weight, position)
+
+
+@lru_cache(maxsize=4096)  # slabs' names and questions come again and again
+def _ids(words: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
+    return tuple(words(text, add_special_tokens=False)["input_ids"])
 
 
 def weight_of_nodule(labels: Labels) -> float:
@@ -212,13 +218,14 @@ def masks(branch: Tensor, position: Tensor, image: Tensor, window: int) -> dict[
     """
     length = branch.shape[1]
     here, there = branch[:, :, None], branch[:, None, :]
-    earlier = torch.ones(length, length, dtype=torch.bool).tril()
+    earlier = torch.ones(length, length, dtype=torch.bool, device=branch.device).tril()
     number = (image & ~functional.pad(image, (1, -1))).cumsum(dim=1)
     block = torch.where(image, number, 0)
     same_image = (block[:, :, None] == block[:, None, :]) & image[:, :, None]
     whole = earlier & (there >= 0) & ((there == 0) | (there == here))
     near = position[:, :, None] - position[:, None, :] < window
-    itself = torch.eye(length, dtype=torch.bool)  # padding too must see something, or its softmax is no number
+    # padding too must see something, or its softmax is no number
+    itself = torch.eye(length, dtype=torch.bool, device=branch.device)
     return {
         "full_attention": (whole | same_image | itself)[:, None],
         "sliding_attention": (whole & near | same_image | itself)[:, None],
@@ -245,18 +252,19 @@ def run_rows(
     half: bool = False,
 ) -> Run:
     """Through the language model once; `half`: its layers in bfloat16, on weights that stay float32."""
-    ids = padded([row.ids for row in rows], 0)
-    position = padded([row.position for row in rows], 0)
+    language: Any = model.model.language_model
+    device = model.device
+    ids = padded([row.ids for row in rows], 0).to(device)
+    position = padded([row.position for row in rows], 0).to(device)
     image = ids == writer.number(IMAGE_TOKENS["image_token"])
     embedded = model.get_input_embeddings()(ids)
-    features = torch.cat([one.features[one.kept] for one in shown])
-    language: Any = model.model.language_model
+    features = torch.cat([one.features[one.kept] for one in shown]).to(device)
     caught: list[Any] = []
     handle = language.layers[WATCHED_LAYER].register_forward_hook(lambda module, inputs, result: caught.append(result))
     given = {
         "inputs_embeds": embedded.masked_scatter(image[..., None], features),
         "attention_mask": masks(
-            padded([row.branch for row in rows], -1), position, image, language.config.sliding_window
+            padded([row.branch for row in rows], -1).to(device), position, image, language.config.sliding_window
         ),
         "position_ids": position,
         "use_cache": False,
@@ -285,16 +293,17 @@ def _in_half(language: Any, given: dict[str, Any]) -> Tensor:
 def _float_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Fused attention in float32: on a CPU its backward is many times slower in bfloat16."""
+    """Fused attention; on a CPU in float32, because its backward is many times slower in bfloat16 there."""
+    kind = torch.float32 if query.device.type == "cpu" else query.dtype
     times = query.shape[1] // key.shape[1]
-    keys, values = (one.float().repeat_interleave(times, dim=1) for one in (key, value))
-    mixed = functional.scaled_dot_product_attention(query.float(), keys, values, attn_mask=mask, scale=scaling)
+    keys, values = (one.to(kind).repeat_interleave(times, dim=1) for one in (key, value))
+    mixed = functional.scaled_dot_product_attention(query.to(kind), keys, values, attn_mask=mask, scale=scaling)
     return mixed.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 def text_loss(model: Gemma3ForConditionalGeneration, run: Run, rows: Sequence[Row]) -> Tensor:
     """Weighted mean cross entropy of the reports' and answers' tokens."""
-    weight = padded([row.weight for row in rows], 0, torch.float32)[:, 1:]
+    weight = padded([row.weight for row in rows], 0, torch.float32)[:, 1:].to(run.ids.device)
     wanted = weight > 0
     logits = model.lm_head(run.hidden[:, :-1][wanted]).float()
     loss = functional.cross_entropy(logits, run.ids[:, 1:][wanted], reduction="none")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
@@ -65,22 +63,42 @@ def guide_of(phantom: Phantom) -> Guide:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """What the language model's training needs of one scan. images: (S, P, P, 3) uint8; targets: on the token grid."""
+
+    images: NDArray[np.uint8]
+    labels: Labels
+    guide: Guide
+    places: Places
+    targets: Targets
+
+
+def see(example: Example) -> Seen:
+    return Seen(
+        example.images,
+        example.labels,
+        guide_of(example.phantom),
+        places_of(example.phantom),
+        example.member.tokens,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """One study as S slabs of n projected tokens.
 
     features: (S, n, c) float16; received: (S, n) float32 and keys: (S, n, d) float16 of the tower's last layer, as
-    the pruner wants them; suspicion: (S, n, 6) float16, the tower's own logits for SUSPECTS; guide: what `guarded`
-    knows.
+    the pruner wants them; suspicion: (S, n, 6) float16, the tower's own logits for SUSPECTS. The rest as in Seen.
     """
 
     features: Tensor
     received: Tensor
     keys: Tensor
     suspicion: Tensor
-    guide: Callable[[], Guide]
+    guide: Guide
     labels: Labels
     places: Places
-    targets: Targets | None = None  # on the token grid
+    targets: Targets
 
     @property
     def side(self) -> int:
@@ -88,18 +106,8 @@ class Encoded:
         return isqrt(self.features.shape[1])
 
 
-def encode_example(eyes: Eyes, example: Example) -> Encoded:
-    """One scan of a training scene."""
-    guide = cache(partial(guide_of, example.phantom))  # costs more than the tower, and only `guarded` asks for it
-    found = encode(eyes, example.images, example.labels, guide, places_of(example.phantom))
-    return replace(found, targets=example.member.tokens)
-
-
 @torch.no_grad()
-def encode(
-    eyes: Eyes, images: NDArray[np.uint8], labels: Labels, guide: Callable[[], Guide], places: Places
-) -> Encoded:
-    """images: (S, P, P, 3) uint8."""
+def encode(eyes: Eyes, seen: Seen) -> Encoded:
     attention: Any = eyes.tower.encoder.layers[-1].self_attn
     caught: list[Tensor] = []
     handle = attention.register_forward_pre_hook(
@@ -107,7 +115,7 @@ def encode(
         with_kwargs=True,
     )
     try:
-        features = eyes.tokens(to_pixels(images))
+        features = eyes.tokens(to_pixels(torch.from_numpy(seen.images)).to(eyes.token_head.weight.device))
     finally:
         handle.remove()
     queries, keys = (_heads(layer(caught[0]), attention.num_heads) for layer in (attention.q_proj, attention.k_proj))
@@ -116,13 +124,14 @@ def encode(
     received = group_mean(received_attention(queries, keys, scale=attention.scale), groups)
     suspicion = eyes.token_head(features)[..., list(SUSPECTS)]
     return Encoded(
-        features.half(),
-        received,
-        group_mean(keys.mean(dim=1), groups).half(),
-        suspicion.half(),
-        guide,
-        labels,
-        places,
+        features.half().cpu(),
+        received.cpu(),
+        group_mean(keys.mean(dim=1), groups).half().cpu(),
+        suspicion.half().cpu(),
+        seen.guide,
+        seen.labels,
+        seen.places,
+        seen.targets,
     )
 
 
@@ -206,7 +215,7 @@ def show_pruned(encoded: Encoded, setting: Setting, random: np.random.Generator)
     scored = stages.is_scored(setting.pruning)
     known = tower.Encoded(features, (), encoded.received if scored else None, encoded.keys.float() if scored else None)
     grid = (encoded.side, encoded.side)
-    guide = encoded.guide() if setting.pruning.method is PruningMethod.GUARDED else None
+    guide = encoded.guide if setting.pruning.method is PruningMethod.GUARDED else None
     reduced = stages.choose_tokens(known, setting.pruning, stages.guards(guide, setting.pruning, keep_all(slabs), grid))
     kept = reduced.kept & torch.from_numpy(random.random((slabs, tokens)) < setting.share)
     return Shown(reduced.features, kept)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 
-def knows_half() -> bool:
-    """Whether this processor computes in bfloat16; on others that takes ten times as long as float32."""
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+def knows_half(device: str = "cpu") -> bool:
+    """Whether this processor, or the device, computes in bfloat16; others take ten times as long as in float32."""
+    return device != "cpu" or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def average_gradients(module: nn.Module, processes: int) -> None:
     if processes == 1:
         return
     gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).cpu()
     torch.distributed.all_reduce(flat)
     flat /= processes
     parts = torch.split(flat, [gradient.numel() for gradient in gradients])

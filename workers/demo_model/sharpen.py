@@ -1,8 +1,8 @@
 """Between the stages of training: a projection whose tokens differ more, from the same tower.
 
 Seven tenths of a projected token's energy are the mean of all tokens, and Gemma 3 normalises what it reads to a fixed
-length: little is left for what a token shows. So the mean is taken out; and since the tower is narrower than the
-language model, some directions are free: into each goes a linear reading of one sign.
+length: little is left for what a token shows. So the mean is taken out; and into each of the directions in which tokens
+differ least goes a linear reading of one sign.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def pooled(eyes: Eyes, example: Example) -> Tensor:
     """(S, n, width of the tower): what the projector multiplies."""
     projector = eyes.projector
     side = projector.patches_per_image
-    patches = eyes.tower(to_pixels(example.images)).last_hidden_state
+    pixels = to_pixels(torch.from_numpy(example.images)).to(eyes.token_head.weight.device)
+    patches = eyes.tower(pixels).last_hidden_state
     result: Tensor = projector.mm_soft_emb_norm(patches[:, blocks(side, side, projector.kernel_size)].mean(dim=2))
     return result
 
@@ -46,15 +47,15 @@ def sharpen(eyes: Eyes, studies: Sequence[Example], seed: int) -> None:
     """Change the projector by what these studies show. The tower's own head on the tokens no longer fits them."""
     tokens = torch.cat([pooled(eyes, one).flatten(0, 1) for one in studies])
     mean = tokens.mean(dim=0)
-    readings = fit_readings(tokens - mean, targets_in(studies), seed)
+    readings = fit_readings(tokens - mean, targets_in(studies, tokens.device), seed)
     with torch.no_grad():
         project_apart(eyes.projector, readings, mean, tokens)
 
 
-def targets_in(studies: Sequence[Example]) -> list[Tensor]:
+def targets_in(studies: Sequence[Example], device: torch.device) -> list[Tensor]:
     """What the tokens of all these studies show, one after the other."""
     return [
-        torch.cat([torch.from_numpy(getattr(one.member.tokens, name)).flatten(0, 1) for one in studies])
+        torch.cat([torch.from_numpy(getattr(one.member.tokens, name)).flatten(0, 1) for one in studies]).to(device)
         for name in ("present", "weight", "log_diameter")
     ]
 
@@ -64,12 +65,13 @@ def fit_readings(tokens: Tensor, targets: Sequence[Tensor], seed: int) -> Tensor
     values, axes = torch.linalg.eigh(tokens.T @ tokens / len(tokens))
     whiten = axes @ torch.diag((values + 1e-2 * values.mean()).rsqrt()) @ axes.T
     white = tokens @ whiten
-    reading = torch.zeros(tokens.shape[1], READINGS, requires_grad=True)
-    offset = torch.zeros(READINGS, requires_grad=True)
+    device = tokens.device
+    reading = torch.zeros(tokens.shape[1], READINGS, device=device, requires_grad=True)
+    offset = torch.zeros(READINGS, device=device, requires_grad=True)
     optimiser = torch.optim.Adam([reading, offset], lr=RATE)
     generator = torch.Generator().manual_seed(seed)
     for step in range(STEPS):
-        some = torch.randint(len(white), (TOKENS_PER_STEP,), generator=generator)
+        some = torch.randint(len(white), (TOKENS_PER_STEP,), generator=generator).to(device)
         present, weight, log_diameter = (target[some] for target in targets)
         logits = white[some] @ reading + offset
         entropy = functional.binary_cross_entropy_with_logits(logits[:, :SIGNS], present, reduction="none")
@@ -85,13 +87,14 @@ def fit_readings(tokens: Tensor, targets: Sequence[Tensor], seed: int) -> Tensor
 
 
 def project_apart(projector: Gemma3MultiModalProjector, readings: Tensor, mean: Tensor, tokens: Tensor) -> None:
-    """Take the mean's direction out of the projection, and add the readings in directions that it does not use."""
+    """Take the mean's direction out of the projection, and give the readings the directions that it uses least."""
     weight: Tensor = projector.mm_input_projection_weight
-    width = len(weight)
-    free = torch.linalg.svd(weight, full_matrices=True).Vh[width : width + READINGS]
+    weight -= torch.outer(mean, mean @ weight) / (mean @ mean)
+    projected = tokens @ weight
+    least = torch.linalg.eigh(projected.T @ projected).eigenvectors[:, :READINGS]
+    weight -= weight @ least @ least.T
     away = readings - torch.outer(mean, mean @ readings) / (mean @ mean)
-    spread = torch.full((READINGS,), OTHER_SPREAD)
+    spread = torch.full((READINGS,), OTHER_SPREAD, device=tokens.device)
     for sign, value in SPREAD.items():
         spread[sign] = value
-    weight -= torch.outer(mean, mean @ weight) / (mean @ mean)
-    weight += away / (tokens @ away).std(dim=0).clamp(min=1e-6) * spread @ free
+    weight += away / (tokens @ away).std(dim=0).clamp(min=1e-6) * spread @ least.T

@@ -65,15 +65,16 @@ class SlabHeads(nn.Module):
 
     def loss(self, early: Tensor, late: Tensor, signs: Sequence[Signs], shown: Sequence[Shown]) -> Tensor:
         """early, late: hidden states at the ends of the shown slabs, study after study."""
+        device = early.device
         kept = [one.kept.any(dim=1).numpy() for one in shown]
         found = [present[some] for (present, _), some in zip(signs, kept, strict=True)]
         weight = torch.from_numpy(np.concatenate([w[some] for (_, w), some in zip(signs, kept, strict=True)]))
         so_far = torch.from_numpy(np.concatenate([np.maximum.accumulate(one, axis=0) for one in found]))
         here = functional.binary_cross_entropy_with_logits(
             self.slab(functional.rms_norm(early, early.shape[-1:])),
-            torch.from_numpy(np.concatenate(found)),
-            weight * IMPORTANCE,
+            torch.from_numpy(np.concatenate(found)).to(device),
+            (weight * IMPORTANCE).to(device),
         )
         return here + SO_FAR_WEIGHT * functional.binary_cross_entropy_with_logits(
-            self.so_far(late), so_far, IMPORTANCE.expand_as(so_far)
+            self.so_far(late), so_far.to(device), IMPORTANCE.expand_as(so_far).to(device)
         )

@@ -20,8 +20,8 @@ from workers.demo_model.train_vision import VisionPlan, train_vision
 
 GIVEN = (
     *("seed", "steps", "minutes", "rate", "decay_from"),
-    *("studies", "slabs", "full_from"),
-    *("short", "sharpen", "carry", "first"),
+    *("studies", "slabs", "watch"),
+    *("short", "sharpen", "carry", "first", "reports", "tokens", "fresh", "kept"),
 )
 
 
@@ -36,12 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rate", type=float)
     parser.add_argument("--decay-from", type=float)
     parser.add_argument("--studies", type=int, help="vision: of each step and process")
-    parser.add_argument("--slabs", type=int, help="vision: of each study; two thirds once every cell is encoded")
-    parser.add_argument("--full-from", type=float, help="vision: share of the training before every cell is encoded")
+    parser.add_argument("--slabs", type=int, help="vision: of each study")
+    parser.add_argument("--watch", type=int, help="steps between looks at held-out studies")
     parser.add_argument("--short", type=float, help="decoder: share of the training with short readings")
     parser.add_argument("--sharpen", type=int, help="decoder: studies to fit the projection to; 0 leaves it as it is")
     parser.add_argument("--carry", type=int, help="decoder: studies to carry a new tower's tokens over to --start by")
     parser.add_argument("--first", type=int, help="decoder: studies encoded before the first step")
+    parser.add_argument("--reports", type=int, help="decoder: of each step and process at most")
+    parser.add_argument("--tokens", type=int, help="decoder: of all reports of a step and process together")
+    parser.add_argument("--kept", type=int, help="decoder: encoded studies kept in memory by each process")
+    parser.add_argument("--fresh", type=int, help="decoder: new studies of each step and process")
+    parser.add_argument("--device", default="cpu", help="where to compute: cpu or cuda")
+    parser.add_argument("--makers", type=int, default=0, help="processes that make studies for each process")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--rank", type=int, help="be this one of the processes, and start none")
     parser.add_argument("--port", type=int, default=29517)
@@ -70,14 +76,18 @@ def _work(rank: int, options: argparse.Namespace) -> None:
             "gloo", init_method=f"tcp://127.0.0.1:{options.port}", rank=rank, world_size=options.processes
         )
     given: dict[str, Any] = {name: getattr(options, name) for name in GIVEN if getattr(options, name, None) is not None}
+    shared: dict[str, Any] = {
+        "start": options.start,
+        "rank": rank,
+        "processes": options.processes,
+        "device": options.device,
+        "makers": options.makers,
+        "say": _say,
+    }
     if options.stage == "vision":
-        train_vision(
-            options.folder, VisionPlan(**given), start=options.start, rank=rank, processes=options.processes, say=_say
-        )
+        train_vision(options.folder, VisionPlan(**given), **shared)
     else:
-        train_decoder(
-            options.folder, DecoderPlan(**given), start=options.start, rank=rank, processes=options.processes, say=_say
-        )
+        train_decoder(options.folder, DecoderPlan(**given), **shared)
     if options.processes > 1:
         torch.distributed.destroy_process_group()
 

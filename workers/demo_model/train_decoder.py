@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,24 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from workers.demo_model.accuracy import Accuracy, accuracy_of
 from workers.demo_model.carry_over import carry_over
 from workers.demo_model.dialogue import Row, Writer, draw_questions, padded, run_rows, text_loss
-from workers.demo_model.encode import Encoded, Shown, draw_setting, encode_example, show_pruned, show_suspects
+from workers.demo_model.encode import (
+    Encoded,
+    Seen,
+    Shown,
+    draw_setting,
+    encode,
+    see,
+    show_pruned,
+    show_suspects,
+)
 from workers.demo_model.folder import new_model, tokenizer
+from workers.demo_model.makers import made
 from workers.demo_model.optimise import Optimisers, Schedule, agreed, average_gradients, knows_half
-from workers.demo_model.pool import Mixture, examples
+from workers.demo_model.pool import Example, Mixture, examples
 from workers.demo_model.report_text import read
 from workers.demo_model.sharpen import sharpen
 from workers.demo_model.slab_signs import SlabHeads, slab_signs
-from workers.demo_model.train_vision import Eyes, held_out_examples
+from workers.demo_model.train_vision import Eyes, eyes_of, held_out_examples
 from workers.demo_model.words import IMAGE_TOKENS, SPACE
 
 PROMPTS = (
@@ -36,6 +47,7 @@ PROMPTS = (
     "with the sections Findings: and Impression:.",
     "Describe this CT study.",
 )
+MIXTURE = Mixture(nodules=1, plaques_share=0, fresh=1, size=60)
 TEXT_TOKENS = 330  # prompt, report and questions without visual tokens, about
 
 
@@ -60,6 +72,7 @@ class DecoderPlan:
     rate: float = 1.5e-3
     decay_from: float = 0.45
     held_out: int = 24  # studies to watch the training by
+    watch: int = 400  # steps between looks at them
 
 
 @torch.no_grad()
@@ -71,11 +84,11 @@ def write_reports(
     for first in range(0, len(shown), together):
         some = shown[first : first + together]
         rows = [writer.prompt(one, PROMPTS[0]) for one in some]
-        ids = padded(rows, 0)
-        features = torch.cat([one.features[one.kept] for one in some])
+        ids = padded(rows, 0).to(model.device)
+        features = torch.cat([one.features[one.kept] for one in some]).to(model.device)
         result = model.generate(  # type: ignore[misc]
             input_ids=ids,
-            attention_mask=padded([[1] * len(row) for row in rows], 0),
+            attention_mask=padded([[1] * len(row) for row in rows], 0).to(model.device),
             token_type_ids=(ids == writer.number(IMAGE_TOKENS["image_token"])).long(),
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features[None])},
             max_new_tokens=110,
@@ -94,7 +107,7 @@ def load_eyes(folder: Path, plan: DecoderPlan, start: Path | None) -> Eyes:
     """From the first stage's checkpoint, or tower and projector alone from a model folder."""
     eyes, checkpoint = Eyes(plan.seed), folder / "vision.pt"
     if checkpoint.exists():
-        eyes.load_state_dict(torch.load(checkpoint, weights_only=True)["eyes"])
+        eyes.load_state_dict(torch.load(checkpoint, weights_only=True, map_location="cpu")["eyes"])
         return eyes.eval()
     if start is None:
         raise SystemExit(f"{checkpoint} is missing: train vision first, or give --start a model folder")
@@ -143,25 +156,28 @@ def train_decoder(
     start: Path | None = None,
     rank: int = 0,
     processes: int = 1,
+    device: str = "cpu",
+    makers: int = 0,
     say: Any = print,
 ) -> None:
     """Train to the end of the plan, going on from the checkpoint in `folder` when there is one.
 
-    start: a model folder whose language model a new training begins with.
+    start: a model folder whose language model a new training begins with. makers: see train_vision.
     """
     if plan.short > 0 and (plan.sharpen > 0 or plan.carry > 0):
         raise SystemExit("short readings go by the tower's heads, which do not fit a changed projection: --sharpen 0")
     checkpoint = folder / "decoder.pt"
-    state = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu") if checkpoint.exists() else None
     eyes = load_eyes(folder, plan, start)
-    mixture = Mixture(nodules=1, plaques_share=0, fresh=1, size=60)
+    eyes.to(device)
     if state is None and plan.carry:
-        _carry(eyes, plan, start)
+        _carry(eyes, plan, start, makers)
     elif state is None and plan.sharpen:
-        fresh = examples(plan.seed + 2, 0, 0, 1, mixture)
+        fresh = examples(plan.seed + 2, 0, 0, 1, MIXTURE)
         sharpen(eyes, [study for _ in range(plan.sharpen) for study in next(fresh)], plan.seed)
     model, writer = model_with(eyes, plan.seed, start if state is None else None), Writer(tokenizer())
-    heads = SlabHeads()
+    torch.nn.Module.to(model, device)  # what transformers declares of it is narrower
+    heads, half = SlabHeads().to(device), knows_half(device)
     optimisers, heads_alone = Optimisers(model, plan.rate), torch.optim.AdamW(heads.parameters(), lr=2 * plan.rate)
     begin, seconds = 0, 0.0
     if state is not None:
@@ -172,25 +188,25 @@ def train_decoder(
         heads.load_state_dict(state["heads"])
         begin, seconds = state["step"], state["cpu_seconds"]
     schedule = Schedule(plan.steps, plan.decay_from, plan.minutes * 60)
-    studies = examples(plan.seed + 1, rank, begin, plan.fresh, mixture)
+    studies = made(partial(scans, plan, rank, begin), makers)
     random = np.random.default_rng((plan.seed, rank, begin, 2))
     cache: list[Encoded] = []
     while len(cache) < plan.first:
-        cache += [encode_example(eyes, study) for study in next(studies)]
-    held_out = [encode_example(eyes, study) for study in held_out_examples(plan.held_out)] if rank == 0 else []
+        cache += [encode(eyes, study) for study in next(studies)]
+    held_out = [encode(eyes, see(study)) for study in held_out_examples(plan.held_out)] if rank == 0 else []
     begun, wall, losses = time.process_time(), time.monotonic(), []
     for step in range(begin, plan.steps):
         elapsed = agreed(time.monotonic() - wall, processes)
         over = schedule.share(step, elapsed)
-        cache += [encode_example(eyes, study) for study in next(studies)]
+        cache += [encode(eyes, study) for study in next(studies)]
         del cache[: max(0, len(cache) - plan.kept)]
         short = over < plan.short
         chosen = random.permutation(len(cache))[: plan.reports]
         some = [cache[index] for index in chosen]
         rows, shown = _readings(writer, some, plan, over, random)
-        run = run_rows(model, writer, rows, shown, half=knows_half())
+        run = run_rows(model, writer, rows, shown, half=half)
         ends = run.ids == writer.number(IMAGE_TOKENS["eoi_token"])
-        signs = [slab_signs(one.targets, one.labels) for one in some[: len(rows)] if one.targets is not None]
+        signs = [slab_signs(one.targets, one.labels) for one in some[: len(rows)]]
         loss = text_loss(model, run, rows)
         whole_loss = loss + plan.signs * heads.loss(run.early[ends], run.hidden[ends], signs, shown)
         whole_loss.backward()  # type: ignore[no-untyped-call]
@@ -216,7 +232,7 @@ def train_decoder(
             }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
-        if rank == 0 and (done % 400 == 0 or done == plan.steps or over >= 1):
+        if rank == 0 and (done % plan.watch == 0 or done == plan.steps or over >= 1):
             model.eval()  # type: ignore[no-untyped-call]
             reader = (lambda one: show_suspects(one, np.random.default_rng(0))) if short else whole
             texts = write_reports(model, writer, [reader(one) for one in held_out])
@@ -227,13 +243,22 @@ def train_decoder(
             break
 
 
-def _carry(eyes: Eyes, plan: DecoderPlan, start: Path | None) -> None:
+def scans(plan: DecoderPlan, rank: int, begin: int, maker: int, makers: int) -> Iterator[list[Seen]]:
+    """What one maker of a process makes, `plan.fresh` at a time, without end."""
+    for chosen in examples(plan.seed + 1, rank * makers + maker, begin // makers, plan.fresh, MIXTURE):
+        yield [see(one) for one in chosen]
+
+
+def _carry(eyes: Eyes, plan: DecoderPlan, start: Path | None, makers: int) -> None:
     if start is None:
         raise SystemExit("--carry goes on from older weights: give --start a model folder")
-    old = Eyes(plan.seed).eval()
-    old.take_over(start)
-    fresh = examples(plan.seed + 2, 0, 0, 1, Mixture(nodules=4, size=60))
+    old = eyes_of(start).to(eyes.token_head.weight.device)
+    fresh = made(partial(_examples_to_carry, plan), makers)
     carry_over(eyes, old, [study for _ in range(plan.carry) for study in next(fresh)], plan.seed)
+
+
+def _examples_to_carry(plan: DecoderPlan, maker: int, makers: int) -> Iterator[list[Example]]:
+    return examples(plan.seed + 2, maker, 0, 1, Mixture(nodules=4, size=60))
 
 
 def _readings(

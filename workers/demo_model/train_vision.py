@@ -1,14 +1,16 @@
 """First stage of training: the vision tower and the projector learn what each patch shows.
 
-Linear heads on the patches and on the projected tokens are thrown away afterwards. Several processes share the work
-on a machine without GPU; each makes its own phantoms and gradients are averaged.
+Linear heads on the patches and on the projected tokens are thrown away afterwards. On a machine without GPU several
+processes share the work, each makes its own phantoms and gradients are averaged; a GPU is fed by makers beside it.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +24,12 @@ from transformers import Gemma3ForConditionalGeneration, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from workers.demo_model.architecture import config, start_vision, vision_config
+from workers.demo_model.makers import made
 from workers.demo_model.optimise import Optimisers, Schedule, agreed, average_gradients, knows_half
 from workers.demo_model.phantom import SLABS, build, draw_kind
-from workers.demo_model.pool import (
-    PATCHES_PER_SIDE,
-    TOKENS_PER_SIDE,
-    Example,
-    Mixture,
-    examples,
-    expose,
-    member_of,
-)
+from workers.demo_model.pool import Example, Mixture, examples, expose, member_of
 from workers.demo_model.targets import SIGNS, Sign
 from workers.demo_model.words import IMAGE_TOKENS, vocabulary
-from workers.pruning.groups import blocks
 
 SIGN_WEIGHTS = {
     Sign.NODULE: 16.0,
@@ -55,11 +49,11 @@ POSITIVE_WEIGHTS = {Sign.NODULE: 3.0, Sign.CALCIFICATION: 3.0}
 SIZE_WEIGHTS = ((6.0, 0.2), (8.0, 0.7), (12.0, 2.0), (20.0, 1.2), (float("inf"), 1.4))
 SMALLEST_MEASURED_MM = 7  # the diameter of smaller ones is not asked
 PATCH_SHARE = 0.3  # of the loss on patches, beside that on the tokens, which are what the language model gets
-SLAB_SHARE = 0.4  # of the loss on a slab's likeliest true and likeliest false place for a nodule
-AORTA_CELLS = (20, 21, 26, 27)  # of the 6 x 6 cells; without them it never learns what a plaque is not
-
+SLAB_SHARE = 1.2  # of the loss on a slab's likeliest true and likeliest false place for a nodule
 
 Dense = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]  # a study's part of Targets
+# Slabs of several studies: images (N, P, P, 3) uint8, then Targets of the patches and of the tokens, float16.
+Batch = list[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +66,12 @@ class VisionPlan:
     steps: int = 4000
     minutes: float = float("inf")
     studies: int = 8  # per step and process
-    slabs: int = 12  # of each study; two thirds of them once every cell is encoded
-    cells: int = 18  # of the 36 of each slab, until `full_from`
-    full_from: float = 0.75  # share of the steps after which every cell is encoded
+    slabs: int = 16  # of each study
     rate: float = 2e-3
     decay_from: float = 0.3
     heads: int = 30  # first steps in which only the heads learn, where tower and projector come from older weights
     held_out: int = 80  # studies to watch the training by
+    watch: int = 400  # steps between looks at them
 
 
 class Eyes(nn.Module):
@@ -94,29 +87,20 @@ class Eyes(nn.Module):
         self.patch_head = nn.Linear(width, SIGNS + 1)
         self.token_head = nn.Linear(text_width, SIGNS + 1)
 
-    def forward(self, pixels: Tensor, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """pixels (N, 3, P, P) in -1..1 to logits per patch (N, 4k, SIGNS + 1) and per token (N, k, SIGNS + 1).
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (N, 3, P, P) in -1..1 to logits per patch (N, n, SIGNS + 1) and per token (N, k, SIGNS + 1)."""
+        patches = self.tower(pixels).last_hidden_state
+        return self.patch_head(patches), self.token_head(self.projector(patches))
 
-        cells: (N, k) which tokens' patches to encode at all, the four patches of a token one after the other; None
-        for every token, with the patches row by row.
-        """
-        if cells is None:
-            patches = self.tower(pixels).last_hidden_state
-            return self.patch_head(patches), self.token_head(self.projector(patches))
-        embedded = self.tower.embeddings(pixels)
-        embedded = embedded.gather(1, patches_of(cells)[..., None].expand(-1, -1, embedded.shape[-1]))
-        patches = self.tower.post_layernorm(self.tower.encoder(inputs_embeds=embedded).last_hidden_state)
-        pooled = self.projector.mm_soft_emb_norm(patches.unflatten(1, (-1, 4)).mean(dim=2))
-        return self.patch_head(patches), self.token_head(pooled @ self.projector.mm_input_projection_weight)
-
-    def in_half(self, pixels: Tensor, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def in_half(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """The same, computed in bfloat16 on weights that stay float32: 1.7 times as fast where the processor knows it.
 
-        Not by autocast, whose conversions eat the gain; nor with the fused attention, slow backwards in bfloat16.
+        Not by autocast, whose conversions eat the gain; nor on a CPU with the fused attention, slow backwards there.
         """
-        self.tower.set_attn_implementation("eager")
+        if pixels.device.type == "cpu":
+            self.tower.set_attn_implementation("eager")
         half = {name: weight.bfloat16() for name, weight in self.named_parameters()}
-        on_patches, on_tokens = functional_call(self, half, (pixels.bfloat16(), cells))
+        on_patches, on_tokens = functional_call(self, half, (pixels.bfloat16(),))
         return on_patches.float(), on_tokens.float()
 
     def take_over(self, folder: Path) -> None:
@@ -130,55 +114,32 @@ class Eyes(nn.Module):
         return projected
 
 
-def patches_of(cells: Tensor) -> Tensor:
-    """(N, k) cells of the token grid to the (N, 4k) patches that they pool."""
-    return blocks(PATCHES_PER_SIDE, PATCHES_PER_SIDE, PATCHES_PER_SIDE // TOKENS_PER_SIDE)[cells].flatten(1)
+def eyes_of(folder: Path) -> Eyes:
+    """Those of a model folder, whatever their shape; its patches have no head."""
+    eyes = Eyes(0)
+    model = Gemma3ForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=torch.float32).model
+    eyes.tower, eyes.projector = model.vision_tower, model.multi_modal_projector
+    return eyes.eval()
 
 
-def choose_cells(tokens: list[Tensor], bright: Tensor, count: int, random: np.random.Generator) -> Tensor:
-    """(N, count) cells worth learning from: lesions and what looks like one first, then lung and aorta, then the body.
-
-    bright: (N, n) greatest value of the blob channel in each cell, -1..1: vessels, domes and ribs that could be taken
-    for nodules.
-    """
-    present, weight, _ = tokens
-    score = torch.from_numpy(random.random(present.shape[:2]).astype(np.float32))
-    score += 3 * (present[..., Sign.NODULE] + 1 - weight[..., Sign.NODULE]) + 2 * present[..., Sign.CALCIFICATION]
-    score += (1.2 + 0.6 * (bright + 1)) * present[..., Sign.LUNG] + 0.5 * present[..., Sign.BODY]
-    score[:, AORTA_CELLS] += 0.6 * present[:, AORTA_CELLS, Sign.BODY]
-    return score.topk(count, dim=1).indices
-
-
-def at(targets: list[Tensor], places: Tensor) -> list[Tensor]:
-    """The targets (N, n, ...) of some places (N, k)."""
-    rows = torch.arange(len(places))[:, None]
-    return [target[rows, places] for target in targets]
-
-
-def brightest(pixels: Tensor) -> Tensor:
-    """(N, 3, P, P) to (N, n): the greatest value of the third channel in each cell of the token grid."""
-    return functional.max_pool2d(pixels[:, 2], pixels.shape[-1] // TOKENS_PER_SIDE).flatten(1)
-
-
-def to_pixels(images: NDArray[np.uint8]) -> Tensor:
+def to_pixels(images: Tensor) -> Tensor:
     """(S, P, P, 3) uint8 to (S, 3, P, P) float32 in -1..1, as the model's image processor scales them."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+    return images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
 
 
 def dense_loss(logits: Tensor, present: Tensor, weight: Tensor, log_diameter: Tensor) -> Tensor:
     """Weighted cross entropy of all signs plus the squared error of the nodules' logarithmic diameter."""
-    importance = torch.ones(SIGNS)
-    positive = torch.ones(SIGNS)
+    importance, positive = torch.ones(2, SIGNS)
     for sign, value in SIGN_WEIGHTS.items():
         importance[sign] = value
     for sign, value in POSITIVE_WEIGHTS.items():
         positive[sign] = value
     diameter = log_diameter.exp()
     by_size = weight_of_size(diameter)
-    importance = weight * importance
+    importance = weight * importance.to(weight.device)
     importance[..., Sign.NODULE] *= torch.where(present[..., Sign.NODULE] > 0, by_size, 1.0)
     entropy = functional.binary_cross_entropy_with_logits(
-        logits[..., :SIGNS], present, importance, pos_weight=positive, reduction="sum"
+        logits[..., :SIGNS], present, importance, pos_weight=positive.to(weight.device), reduction="sum"
     )
     cells = present[..., 0].numel()
     known = present[..., Sign.NODULE] * (diameter >= SMALLEST_MEASURED_MM)
@@ -187,8 +148,8 @@ def dense_loss(logits: Tensor, present: Tensor, weight: Tensor, log_diameter: Te
 
 
 def weight_of_size(diameter_mm: Tensor) -> Tensor:
-    by_size = torch.tensor([share for _, share in SIZE_WEIGHTS])
-    return by_size[torch.bucketize(diameter_mm, torch.tensor([most for most, _ in SIZE_WEIGHTS[:-1]]), right=True)]
+    limits, shares = (torch.tensor(column, device=diameter_mm.device) for column in zip(*SIZE_WEIGHTS, strict=True))
+    return shares[torch.bucketize(diameter_mm, limits[:-1], right=True)]
 
 
 def slab_loss(logits: Tensor, present: Tensor, weight: Tensor, log_diameter: Tensor) -> Tensor:
@@ -207,10 +168,8 @@ def slab_loss(logits: Tensor, present: Tensor, weight: Tensor, log_diameter: Ten
     )
 
 
-def batch_of(
-    chosen: list[Example], slabs: int, random: np.random.Generator
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Pixels and targets of some slabs of each study; slabs with lung, nodules or plaques are rather taken."""
+def batch_of(chosen: list[Example], slabs: int, random: np.random.Generator) -> Batch:
+    """Some slabs of each study; those with lung, nodules or plaques are rather taken."""
     images: list[NDArray[np.uint8]] = []
     patches: list[Dense] = []
     tokens: list[Dense] = []
@@ -221,10 +180,16 @@ def batch_of(
         images.append(example.images[order])
         for store, targets in ((patches, example.member.patches), (tokens, example.member.tokens)):
             store.append((targets.present[order], targets.weight[order], targets.log_diameter[order]))
-    joined = [
-        [torch.from_numpy(np.concatenate(parts)) for parts in zip(*store, strict=True)] for store in (patches, tokens)
-    ]
-    return to_pixels(np.concatenate(images)), joined[0], joined[1]
+    dense = [np.concatenate(parts) for store in (patches, tokens) for parts in zip(*store, strict=True)]
+    return [torch.from_numpy(np.concatenate(images)), *(torch.from_numpy(one).half() for one in dense)]
+
+
+def batches(plan: VisionPlan, rank: int, first: int, maker: int, makers: int) -> Iterator[Batch]:
+    """What one maker of a process makes, without end."""
+    number, begin = rank * makers + maker, first // makers
+    random = np.random.default_rng((plan.seed, number, begin, 1))
+    for chosen in examples(plan.seed, number, begin, plan.studies, Mixture()):
+        yield batch_of(chosen, plan.slabs, random)
 
 
 def train_vision(
@@ -234,39 +199,39 @@ def train_vision(
     start: Path | None = None,
     rank: int = 0,
     processes: int = 1,
+    device: str = "cpu",
+    makers: int = 0,
     say: Any = print,
 ) -> None:
     """Train to the end of the plan, going on from the checkpoint in `folder` when there is one.
 
-    start: a model folder whose tower and projector a new training begins with.
+    start: a model folder whose tower and projector a new training begins with. makers: processes that make studies for
+    this one; 0: it makes them itself.
     """
     eyes = Eyes(plan.seed)
     checkpoint = folder / "vision.pt"
     first, seconds = 0, 0.0
     if start is not None and not checkpoint.exists():
         eyes.take_over(start)
-    heads_alone, half = plan.heads if start is not None else 0, knows_half()
+    eyes.to(device)
+    heads_alone, half = plan.heads if start is not None else 0, knows_half(device)
     optimisers = Optimisers(eyes, plan.rate)
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
         eyes.load_state_dict(state["eyes"])
         optimisers.load_state_dict(state["optimisers"])
         first, seconds = state["step"], state["cpu_seconds"]
     schedule = Schedule(plan.steps, plan.decay_from, plan.minutes * 60)
-    batches = examples(plan.seed, rank, first, plan.studies, Mixture())
-    random = np.random.default_rng((plan.seed, rank, first, 1))
-    begun, wall, losses = time.process_time(), time.monotonic(), []
+    fresh = made(partial(batches, plan, rank, first), makers)
     held_out = held_out_examples(plan.held_out) if rank == 0 else []
+    begun, wall, losses = time.process_time(), time.monotonic(), []
     for step in range(first, plan.steps):
         elapsed = agreed(time.monotonic() - wall, processes)
         over = schedule.share(step, elapsed)
-        full = over >= plan.full_from
-        slabs = max(1, plan.slabs * 2 // 3) if full else plan.slabs
-        pixels, patches, tokens = batch_of(next(batches), slabs, random)
-        cells = None if full else choose_cells(tokens, brightest(pixels), plan.cells, random)
-        if cells is not None:
-            patches, tokens = at(patches, patches_of(cells)), at(tokens, cells)
-        on_patches, on_tokens = eyes.in_half(pixels, cells) if half else eyes(pixels, cells)
+        images, *dense = (part.to(device) for part in next(fresh))
+        patches, tokens = [part.float() for part in dense[:3]], [part.float() for part in dense[3:]]
+        pixels = to_pixels(images)
+        on_patches, on_tokens = eyes.in_half(pixels) if half else eyes(pixels)
         loss = PATCH_SHARE * dense_loss(on_patches, *patches) + dense_loss(on_tokens, *tokens)
         loss = loss + SLAB_SHARE * (PATCH_SHARE * slab_loss(on_patches, *patches) + slab_loss(on_tokens, *tokens))
         loss.backward()  # type: ignore[no-untyped-call]
@@ -290,7 +255,7 @@ def train_vision(
             }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
-        if rank == 0 and (done % 400 == 0 or done == plan.steps or over >= 1):
+        if rank == 0 and (done % plan.watch == 0 or done == plan.steps or over >= 1):
             say("held out " + json.dumps(study_scores(eyes, held_out)))
         if over >= 1:
             break
@@ -311,7 +276,8 @@ def study_scores(eyes: Eyes, held_out: list[Example]) -> dict[str, float]:
     """Area under the ROC curve per finding, each study scored by its highest token."""
     rows = []
     for example in held_out:
-        on_patches, on_tokens = eyes(to_pixels(example.images))
+        pixels = to_pixels(torch.from_numpy(example.images)).to(eyes.patch_head.weight.device)
+        on_patches, on_tokens = (one.cpu() for one in eyes(pixels))
         rows.append(torch.cat([on_patches[..., :SIGNS].amax((0, 1)), on_tokens[..., :SIGNS].amax((0, 1))]).numpy())
     scores = np.stack(rows)
     truths = [example.labels for example in held_out]
