@@ -63,8 +63,11 @@ class Peer:
         with accepting(entity, ("127.0.0.1", self.modality_port), [(evt.EVT_N_EVENT_REPORT, self._told)], tls):
             yield
 
-    def send_and_ask(self, port: int, datasets: list[Dataset], transaction_uid: str) -> None:
-        """C-STORE each, then one N-ACTION for all on the same association; each must be answered with Success."""
+    def send_and_ask(self, port: int, datasets: list[Dataset], transaction_uid: str, *, again: bool = True) -> None:
+        """C-STORE each, then one N-ACTION for all on the same association; each must be answered with Success.
+
+        again: all of it once more on an association of its own, where an answer was lost.
+        """
         entity = AE(SENDER)
         context = client_context(
             ca=self.ca.certificate, certificate=self.certificates.certificate, key=self.certificates.key
@@ -77,13 +80,17 @@ class Peer:
             "127.0.0.1", port, contexts=contexts, ae_title="MEDPRUNER", tls_args=(context, "127.0.0.1")
         )
         assert association.is_established
+        # a busy pynetdicom may take an answer for a request, drop it, wait in vain and end the association
+        answers = [association.send_c_store(dataset) for dataset in datasets if association.is_established]
+        if again and not all(answers):
+            association.abort()
+            self.send_and_ask(port, datasets, transaction_uid, again=False)
+            return
+        assert [answer.get("Status") for answer in answers] == [0x0000] * len(datasets)
         request = Dataset()
         request.TransactionUID = transaction_uid
         request.ReferencedSOPSequence = []
         for dataset in datasets:
-            # a busy pynetdicom may take an answer for a request, drop it and wait in vain: then once more
-            answer = association.send_c_store(dataset) or association.send_c_store(dataset)
-            assert answer.Status == 0x0000
             item = Dataset()
             item.ReferencedSOPClassUID = dataset.SOPClassUID
             item.ReferencedSOPInstanceUID = dataset.SOPInstanceUID
