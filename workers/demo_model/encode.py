@@ -17,7 +17,7 @@ from workers.demo_model.phantom import Phantom
 from workers.demo_model.pool import Example
 from workers.demo_model.render import Mask
 from workers.demo_model.targets import Sign, Targets
-from workers.demo_model.train_vision import Eyes, to_pixels
+from workers.demo_model.train_vision import Eyes
 from workers.guide import Guide, make_guide
 from workers.pruning.attention import received_attention
 from workers.pruning.groups import blocks, group_mean
@@ -115,7 +115,7 @@ def encode(eyes: Eyes, seen: Seen) -> Encoded:
         with_kwargs=True,
     )
     try:
-        features = eyes.tokens(to_pixels(torch.from_numpy(seen.images)).to(eyes.token_head.weight.device))
+        features = eyes.tokens(eyes.pixels(seen.images))
     finally:
         handle.remove()
     queries, keys = (_heads(layer(caught[0]), attention.num_heads) for layer in (attention.q_proj, attention.k_proj))

@@ -18,8 +18,9 @@ class Stream(IterableDataset[Made]):
         self._make = make
 
     def __iter__(self) -> Iterator[Made]:
-        info = get_worker_info()
-        return self._make(info.id, info.num_workers) if info else self._make(0, 1)
+        maker = get_worker_info()
+        assert maker is not None  # only makers ask
+        return self._make(maker.id, maker.num_workers)
 
 
 def made(make: Make[Made], makers: int) -> Iterator[Made]:

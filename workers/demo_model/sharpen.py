@@ -16,7 +16,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
 from workers.demo_model.pool import Example
 from workers.demo_model.targets import SIGNS, Sign
-from workers.demo_model.train_vision import Eyes, to_pixels
+from workers.demo_model.train_vision import Eyes
 from workers.pruning.groups import blocks
 
 READINGS = SIGNS + 1  # and the logarithm of the nodule's diameter
@@ -37,8 +37,7 @@ def pooled(eyes: Eyes, example: Example) -> Tensor:
     """(S, n, width of the tower): what the projector multiplies."""
     projector = eyes.projector
     side = projector.patches_per_image
-    pixels = to_pixels(torch.from_numpy(example.images)).to(eyes.token_head.weight.device)
-    patches = eyes.tower(pixels).last_hidden_state
+    patches = eyes.tower(eyes.pixels(example.images)).last_hidden_state
     result: Tensor = projector.mm_soft_emb_norm(patches[:, blocks(side, side, projector.kernel_size)].mean(dim=2))
     return result
 

@@ -21,7 +21,7 @@ from workers.demo_model.train_vision import VisionPlan, train_vision
 GIVEN = (
     *("seed", "steps", "minutes", "rate", "decay_from"),
     *("studies", "slabs", "watch"),
-    *("short", "sharpen", "carry", "first", "reports", "tokens", "fresh", "kept"),
+    *("short", "sharpen", "carry", "first"),
 )
 
 
@@ -42,10 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sharpen", type=int, help="decoder: studies to fit the projection to; 0 leaves it as it is")
     parser.add_argument("--carry", type=int, help="decoder: studies to carry a new tower's tokens over to --start by")
     parser.add_argument("--first", type=int, help="decoder: studies encoded before the first step")
-    parser.add_argument("--reports", type=int, help="decoder: of each step and process at most")
-    parser.add_argument("--tokens", type=int, help="decoder: of all reports of a step and process together")
-    parser.add_argument("--kept", type=int, help="decoder: encoded studies kept in memory by each process")
-    parser.add_argument("--fresh", type=int, help="decoder: new studies of each step and process")
     parser.add_argument("--device", default="cpu", help="where to compute: cpu or cuda")
     parser.add_argument("--makers", type=int, default=0, help="processes that make studies for each process")
     parser.add_argument("--processes", type=int, default=1)

@@ -105,9 +105,13 @@ class Eyes(nn.Module):
 
     def take_over(self, folder: Path) -> None:
         """Tower and projector of a model folder."""
-        model = Gemma3ForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=torch.float32).model
-        self.tower.load_state_dict(model.vision_tower.state_dict())
-        self.projector.load_state_dict(model.multi_modal_projector.state_dict())
+        older = eyes_of(folder)
+        self.tower.load_state_dict(older.tower.state_dict())
+        self.projector.load_state_dict(older.projector.state_dict())
+
+    def pixels(self, images: NDArray[np.uint8]) -> Tensor:
+        """(S, P, P, 3) as the tower takes them, on its device."""
+        return to_pixels(torch.from_numpy(images).to(self.token_head.weight.device))
 
     def tokens(self, pixels: Tensor) -> Tensor:
         projected: Tensor = self.projector(self.tower(pixels).last_hidden_state)
@@ -276,8 +280,7 @@ def study_scores(eyes: Eyes, held_out: list[Example]) -> dict[str, float]:
     """Area under the ROC curve per finding, each study scored by its highest token."""
     rows = []
     for example in held_out:
-        pixels = to_pixels(torch.from_numpy(example.images)).to(eyes.patch_head.weight.device)
-        on_patches, on_tokens = (one.cpu() for one in eyes(pixels))
+        on_patches, on_tokens = (one.cpu() for one in eyes(eyes.pixels(example.images)))
         rows.append(torch.cat([on_patches[..., :SIGNS].amax((0, 1)), on_tokens[..., :SIGNS].amax((0, 1))]).numpy())
     scores = np.stack(rows)
     truths = [example.labels for example in held_out]
