@@ -18,6 +18,7 @@ from pynetdicom.pdu import A_ASSOCIATE_RJ
 from pynetdicom.pdu_primitives import SCP_SCU_RoleSelectionNegotiation
 from pynetdicom.presentation import PresentationContext
 
+from service.answers import keep_answers
 from service.certificates import CertificateError, client_context
 from service.shared.settings import DestinationSettings, ScpSettings
 
@@ -75,7 +76,7 @@ def associate(
     except (OSError, UnicodeError):  # from the resolver
         return Absence(f"{where(destination)}: no such host; check {section} host")
     if association.is_established:
-        return association
+        return keep_answers(association)
     if association.rejected_contexts:  # and none accepted: then pynetdicom aborts by itself
         return Absence(f"{where(destination)} takes none of the proposed SOP classes", unsupported=True)
     # pynetdicom takes a rejection that is followed closely by its connection's end for an abort

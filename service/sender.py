@@ -11,6 +11,8 @@ from pydicom import dcmread
 from pynetdicom import AE, _config, build_context
 from pynetdicom.association import Association
 
+from service.answers import keep_answers
+
 HEADER = ("SOPClassUID", "SOPInstanceUID")
 MAX_CONTEXTS = 128
 
@@ -68,6 +70,7 @@ def send_study(
             f"{called_ae} at {host}:{port} does not accept an association from {calling_ae}; "
             f'is it running, and does [[source]] ae_title = "{calling_ae}" (or [scp] accept_unknown_sources) allow it?'
         )
+    keep_answers(association)
     sent = []
     for file, _, _ in files:
         sent.append(Sent(file, _store(association, file)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import ssl
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +24,14 @@ from pydicom.filewriter import write_dataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, Association, build_context, evt
 from pynetdicom.dimse_primitives import C_STORE
-from pynetdicom.pdu import A_ASSOCIATE_RJ, A_ASSOCIATE_RQ
+from pynetdicom.pdu import A_ASSOCIATE_RJ, A_ASSOCIATE_RQ, P_DATA_TF
 from pynetdicom.pdu_primitives import (
     A_ASSOCIATE,
     ImplementationClassUIDNotification,
     MaximumLengthNotification,
 )
 
+from service.answers import keep_answers
 from service.receiver import Receiver
 from service.shared.settings import ScpSettings, SourceSettings
 from service.spool import RECEIPT_BYTES, Receipt, Spool
@@ -92,6 +94,19 @@ def accepting(
             connection.close()
 
 
+def after_answer(association: Association, act: Callable[[], None]) -> None:
+    """Run `act` on its own thread once the request that is being handled has its answer, of one PDU: a peer that began
+    before would mix the fragments of two messages.
+    """
+
+    def sent(event: evt.Event) -> None:
+        if isinstance(event.pdu, P_DATA_TF):
+            association.unbind(evt.EVT_PDU_SENT, sent)
+            threading.Thread(target=act, daemon=True).start()
+
+    association.bind(evt.EVT_PDU_SENT, sent)
+
+
 def instance(number: int = 1, *, study_uid: str = STUDY_UID, sop_class_uid: str = CTImageStorage) -> Dataset:
     """A small native CT instance, told from others by `number`."""
     dataset = Dataset()
@@ -149,7 +164,7 @@ def associate(
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
     wanted = contexts if contexts is not None else [(CTImageStorage, [ExplicitVRLittleEndian])]
     pairs = wanted.items() if isinstance(wanted, dict) else wanted
-    return entity.associate(
+    association = entity.associate(
         "127.0.0.1",
         port,
         contexts=[build_context(abstract_syntax, syntaxes) for abstract_syntax, syntaxes in pairs],
@@ -158,6 +173,7 @@ def associate(
         evt_handlers=[(evt.EVT_CONN_OPEN, _remember_connection), (evt.EVT_PDU_RECV, _remember_rejection)],
         tls_args=None if tls is None else (tls, "127.0.0.1"),
     )
+    return keep_answers(association)
 
 
 def rejection(association: Association) -> tuple[int, int, int] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,13 +19,14 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, build_context, evt
 from pynetdicom.sop_class import Comprehensive3DSRStorage, StorageCommitmentPushModel, Verification
 
+from service.answers import keep_answers
 from service.certificates import client_context, server_context
 from service.commitment_answers import PUSH_MODEL_INSTANCE
 from service.retention import remove_instances
 from service.spool import Spool
 from tests.certificates import Pair, authority, issue
 from tests.phantom_series import PhantomSeries
-from tests.receiving import accepting
+from tests.receiving import accepting, after_answer
 from tests.running import PATIENCE_S, SENDER, Pacs, Service, deliveries, kinds
 from tests.servers import free_port, wait_for
 
@@ -63,11 +63,8 @@ class Peer:
         with accepting(entity, ("127.0.0.1", self.modality_port), [(evt.EVT_N_EVENT_REPORT, self._told)], tls):
             yield
 
-    def send_and_ask(self, port: int, datasets: list[Dataset], transaction_uid: str, *, again: bool = True) -> None:
-        """C-STORE each, then one N-ACTION for all on the same association; each must be answered with Success.
-
-        again: all of it once more on an association of its own, where an answer was lost.
-        """
+    def send_and_ask(self, port: int, datasets: list[Dataset], transaction_uid: str) -> None:
+        """C-STORE each, then one N-ACTION for all on the same association; each must be answered with Success."""
         entity = AE(SENDER)
         context = client_context(
             ca=self.ca.certificate, certificate=self.certificates.certificate, key=self.certificates.key
@@ -80,17 +77,12 @@ class Peer:
             "127.0.0.1", port, contexts=contexts, ae_title="MEDPRUNER", tls_args=(context, "127.0.0.1")
         )
         assert association.is_established
-        # a busy pynetdicom may take an answer for a request, drop it, wait in vain and end the association
-        answers = [association.send_c_store(dataset) for dataset in datasets if association.is_established]
-        if again and not all(answers):
-            association.abort()
-            self.send_and_ask(port, datasets, transaction_uid, again=False)
-            return
-        assert [answer.get("Status") for answer in answers] == [0x0000] * len(datasets)
+        keep_answers(association)
         request = Dataset()
         request.TransactionUID = transaction_uid
         request.ReferencedSOPSequence = []
         for dataset in datasets:
+            assert association.send_c_store(dataset).Status == 0x0000
             item = Dataset()
             item.ReferencedSOPClassUID = dataset.SOPClassUID
             item.ReferencedSOPInstanceUID = dataset.SOPInstanceUID
@@ -108,12 +100,12 @@ class Peer:
         answer = Dataset()
         answer.TransactionUID = request.TransactionUID
         answer.ReferencedSOPSequence = request.ReferencedSOPSequence
-        association = event.assoc
+        association = keep_answers(event.assoc)
 
         def report() -> None:
             association.send_n_event_report(answer, 1, StorageCommitmentPushModel, PUSH_MODEL_INSTANCE)
 
-        threading.Thread(target=report, daemon=True).start()
+        after_answer(association, report)
         return 0x0000, None
 
 

@@ -28,6 +28,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom import AE, AllStoragePresentationContexts, Association, build_context, evt
 from sqlalchemy import MetaData, select
 
+from service.answers import keep_answers
 from service.shared.db import Acquisition, Analysis, ReportText, StudyHeader
 from service.spool import Spool
 from tests.phantom_series import PhantomSeries
@@ -181,6 +182,7 @@ def association_to(service: Service) -> Iterator[Association]:
         evt_handlers=[(evt.EVT_CONN_OPEN, lambda event: sockets.append(event.assoc.dul.socket.socket))],
     )
     assert association.is_established
+    keep_answers(association)
     try:
         yield association
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +21,12 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import commitment, commitment_answers
+from service.answers import keep_answers
 from service.commitment_answers import Answer
 from service.shared import delivery_transitions
 from service.shared.db import AuditEvent, Delivery, DeliveryState
 from service.shared.settings import DestinationSettings, ScpSettings
-from tests.receiving import accepting
+from tests.receiving import accepting, after_answer
 from tests.rows import NOW, add_deliveries, add_study, after, get, kinds, open_database
 from tests.servers import free_port
 
@@ -53,7 +53,7 @@ class Vouching:
         request = event.action_information
         self.requests.append(request)
         if self.answers and self.action_status == 0x0000:
-            threading.Thread(target=self._report, args=(event.assoc, request), daemon=True).start()
+            after_answer(event.assoc, lambda: self._report(keep_answers(event.assoc), request))
         return self.action_status, None
 
     def _report(self, association: Any, request: Dataset) -> None:

@@ -16,6 +16,7 @@ from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import commitment, commitment_answers, delivery
+from service.answers import keep_answers
 from service.commitment_answers import PUSH_MODEL_INSTANCE, Answer
 from service.shared.db import Delivery
 from service.shared.durable import digest
@@ -44,7 +45,8 @@ def call(port: int, calling_ae: str = PACS, *, provider: bool = True) -> Associa
         build_context(Verification, ImplicitVRLittleEndian),
     ]
     roles = [build_role(StorageCommitmentPushModel, scp_role=True)] if provider else []
-    return entity.associate("127.0.0.1", port, contexts=contexts, ae_title="MEDPRUNER", ext_neg=list(roles))
+    association = entity.associate("127.0.0.1", port, contexts=contexts, ae_title="MEDPRUNER", ext_neg=list(roles))
+    return keep_answers(association)
 
 
 def report(association: Association, **changes: Any) -> int:

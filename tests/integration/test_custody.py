@@ -21,6 +21,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import assembly, commitment_requests, custody, retention
+from service.answers import keep_answers
 from service.commitment_answers import PUSH_MODEL_INSTANCE
 from service.commitment_requests import Reference, Request
 from service.refusals import recent
@@ -133,7 +134,10 @@ def call(receiver: Running, **roles: bool) -> Association:
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
     contexts = [build_context(StorageCommitmentPushModel, SYNTAXES)]
     negotiation: list[Any] = [build_role(StorageCommitmentPushModel, **roles)] if roles else []
-    return entity.associate("127.0.0.1", receiver.port, contexts=contexts, ae_title="MEDPRUNER", ext_neg=negotiation)
+    association = entity.associate(
+        "127.0.0.1", receiver.port, contexts=contexts, ae_title="MEDPRUNER", ext_neg=negotiation
+    )
+    return keep_answers(association)
 
 
 def ask(
