@@ -10,7 +10,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -158,6 +158,7 @@ def associate(
     called_ae: str = "MEDPRUNER",
     max_pdu_bytes: int = 16382,
     tls: ssl.SSLContext | None = None,
+    roles: Sequence[Any] = (),
 ) -> Association:
     """Ask for an association with the given (class, transfer syntaxes); look at `is_established` for the answer."""
     entity = AE(calling_ae)
@@ -171,6 +172,7 @@ def associate(
         ae_title=called_ae,
         max_pdu=max_pdu_bytes,
         evt_handlers=[(evt.EVT_CONN_OPEN, _remember_connection), (evt.EVT_PDU_RECV, _remember_rejection)],
+        ext_neg=list(roles),
         tls_args=None if tls is None else (tls, "127.0.0.1"),
     )
     return keep_answers(association)

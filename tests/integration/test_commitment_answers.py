@@ -10,19 +10,18 @@ from typing import Any
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-from pynetdicom import AE, build_context, build_role
+from pynetdicom import build_role
 from pynetdicom.association import Association
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import commitment, commitment_answers, delivery
-from service.answers import keep_answers
 from service.commitment_answers import PUSH_MODEL_INSTANCE, Answer
 from service.shared.db import Delivery
 from service.shared.durable import digest
 from service.shared.settings import DestinationSettings, Settings
 from service.spool import file_header
-from tests.receiving import Running, encode, instance, running, wait_until
+from tests.receiving import Running, associate, encode, instance, running, wait_until
 from tests.rows import NOW, add_deliveries, add_study, get, open_database
 from tests.servers import Modality, Orthanc
 
@@ -37,16 +36,13 @@ def receiver(tmp_path: Path) -> Iterator[Running]:
 
 def call(port: int, calling_ae: str = PACS, *, provider: bool = True) -> Association:
     """An association as a PACS opens it to report; with storage and verification proposed beside."""
-    entity = AE(calling_ae)
-    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
-    contexts = [
-        build_context(StorageCommitmentPushModel, [ImplicitVRLittleEndian, ExplicitVRLittleEndian]),
-        build_context(CTImageStorage, ExplicitVRLittleEndian),
-        build_context(Verification, ImplicitVRLittleEndian),
-    ]
+    contexts = {
+        StorageCommitmentPushModel: [ImplicitVRLittleEndian, ExplicitVRLittleEndian],
+        CTImageStorage: [ExplicitVRLittleEndian],
+        Verification: [ImplicitVRLittleEndian],
+    }
     roles = [build_role(StorageCommitmentPushModel, scp_role=True)] if provider else []
-    association = entity.associate("127.0.0.1", port, contexts=contexts, ae_title="MEDPRUNER", ext_neg=list(roles))
-    return keep_answers(association)
+    return associate(port, contexts, calling_ae=calling_ae, roles=roles)
 
 
 def report(association: Association, **changes: Any) -> int:

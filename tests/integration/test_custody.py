@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, MRImageStorage
-from pynetdicom import AE, build_context, build_role, evt
+from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
 from pynetdicom.sop_class import StorageCommitmentPushModel
 from sqlalchemy import select
@@ -21,7 +21,6 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import assembly, commitment_requests, custody, retention
-from service.answers import keep_answers
 from service.commitment_answers import PUSH_MODEL_INSTANCE
 from service.commitment_requests import Reference, Request
 from service.refusals import recent
@@ -130,14 +129,8 @@ def store(receiver: Running, *numbers: int) -> None:
 
 
 def call(receiver: Running, **roles: bool) -> Association:
-    entity = AE(SENDER)
-    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
-    contexts = [build_context(StorageCommitmentPushModel, SYNTAXES)]
-    negotiation: list[Any] = [build_role(StorageCommitmentPushModel, **roles)] if roles else []
-    association = entity.associate(
-        "127.0.0.1", receiver.port, contexts=contexts, ae_title="MEDPRUNER", ext_neg=negotiation
-    )
-    return keep_answers(association)
+    proposed = [build_role(StorageCommitmentPushModel, **roles)] if roles else []
+    return associate(receiver.port, {StorageCommitmentPushModel: SYNTAXES}, roles=proposed)
 
 
 def ask(
