@@ -13,6 +13,7 @@ from workers.demo_model.channels import PIXELS
 PATCH_PIXELS = 10
 TOKENS_PER_IMAGE = 36
 VISION_WIDTH = 96
+VISION_HEAD_WIDTH = 24
 TEXT_WIDTH = 128
 
 
@@ -21,7 +22,7 @@ def vision_config() -> SiglipVisionConfig:
         hidden_size=VISION_WIDTH,
         intermediate_size=4 * VISION_WIDTH,
         num_hidden_layers=3,
-        num_attention_heads=4,
+        num_attention_heads=VISION_WIDTH // VISION_HEAD_WIDTH,
         image_size=PIXELS,
         patch_size=PATCH_PIXELS,
         vision_use_head=False,

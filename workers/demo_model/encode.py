@@ -13,7 +13,7 @@ from torch import Tensor
 
 from service.shared.settings import PruningMethod, PruningSettings
 from workers.demo_model.labels import Labels
-from workers.demo_model.phantom import Phantom
+from workers.demo_model.phantom import Phantom, as_slabs
 from workers.demo_model.pool import Example
 from workers.demo_model.render import Mask
 from workers.demo_model.targets import Sign, Targets
@@ -74,11 +74,12 @@ class Seen:
 
 
 def see(example: Example) -> Seen:
+    slabs = as_slabs(example.phantom)
     return Seen(
         example.images,
         example.labels,
-        guide_of(example.phantom),
-        places_of(example.phantom),
+        guide_of(slabs),
+        places_of(slabs),
         example.member.tokens,
     )
 

@@ -35,7 +35,7 @@ def made(make: Make[Made], makers: int) -> Iterator[Made]:
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=makers,
-        prefetch_factor=4,
+        prefetch_factor=2,
         multiprocessing_context="spawn",
     )
     return iter(loader)

@@ -32,7 +32,8 @@ def line(direction: Offset, length_mm: float, voxel_mm: Voxel) -> Line:
     unit = np.asarray(direction) / np.linalg.norm(direction)
     steps = np.linspace(-length_mm / 2, length_mm / 2, int(length_mm // 2) * 2 + 1)
     places = np.floor(steps[:, None] * unit / voxel + 0.5).astype(int)
-    return tuple(sorted({(int(z), int(y), int(x)) for z, y, x in places}))
+    fresh = np.any(places[1:] != places[:-1], axis=1)
+    return tuple((z, y, x) for z, y, x in places[np.append(True, fresh)].tolist())
 
 
 def lines(length_mm: float, voxel_mm: Voxel) -> tuple[Line, ...]:

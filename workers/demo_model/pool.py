@@ -6,7 +6,8 @@ Everything is drawn from (seed, rank, step), so that a run that is stopped and t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,10 @@ from workers.demo_model.phantom import (
 )
 from workers.demo_model.targets import Targets, targets_of
 
+Voxel = TypeVar("Voxel", np.uint8, np.int16)
+
 PATCHES_PER_SIDE, TOKENS_PER_SIDE = 12, 6
+MOST_MOVED = 5  # pixels: half a patch
 TRAINING_SEEDS = 1_000_000_000  # seeds from here on are for training; those below are never trained on
 
 
@@ -42,7 +46,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One scanned study as the slabs that the model sees. images: (S, P, P, 3) uint8."""
+    """One scanned study. images: (S, P, P, 3) uint8, the slabs that the model sees of it."""
 
     images: NDArray[np.uint8]
     phantom: Phantom
@@ -84,7 +88,34 @@ def examples(seed: int, rank: int, first_step: int, batch: int, mixture: Mixture
 def expose(member: Member, random: np.random.Generator) -> Example:
     """Scan a scene once more."""
     phantom = scan(member.scene, random)
-    return Example(images_of(phantom), as_slabs(phantom), member)
+    return Example(images_of(phantom), phantom, member)
+
+
+def moved(example: Example, random: np.random.Generator) -> Example:
+    """The same scan with its field of view up to MOST_MOVED pixels away: nothing is known of what was outside.
+
+    A tower of patches does not know that a nodule across their border is what it is in the middle of one.
+    """
+    down, right = (int(pixels) for pixels in random.integers(-MOST_MOVED, MOST_MOVED + 1, 2))
+    phantom, (x_mm, y_mm) = example.phantom, example.phantom.centre_mm
+    there = replace(
+        phantom,
+        values=_moved(phantom.values, down, right, int(phantom.values.min())),
+        masks=_moved(phantom.masks, down, right),
+        centre_mm=(x_mm - right * phantom.pixel_mm, y_mm - down * phantom.pixel_mm),
+    )
+    return Example(_moved(example.images, down, right), there, _with_targets(example.member.scene, as_slabs(there)))
+
+
+def _moved(stack: NDArray[Voxel], down: int, right: int, outside: int = 0) -> NDArray[Voxel]:
+    """(S, H, W) or (S, H, W, channels)."""
+    result = np.full_like(stack, outside)
+    (to_rows, from_rows), (to_columns, from_columns) = (
+        (slice(max(step, 0), size + min(step, 0)), slice(max(-step, 0), size - max(step, 0)))
+        for step, size in ((down, stack.shape[1]), (right, stack.shape[2]))
+    )
+    result[:, to_rows, to_columns] = stack[:, from_rows, from_columns]
+    return result
 
 
 def images_of(phantom: Phantom) -> NDArray[np.uint8]:
@@ -102,8 +133,11 @@ def _fresh(member: Member, random: np.random.Generator, mixture: Mixture) -> Mem
 
 
 def member_of(scene: Scene) -> Member:
-    phantom = as_slabs(without_noise(scene))
-    return Member(scene, targets_of(phantom, PATCHES_PER_SIDE), targets_of(phantom, TOKENS_PER_SIDE))
+    return _with_targets(scene, as_slabs(without_noise(scene)))
+
+
+def _with_targets(scene: Scene, slabs: Phantom) -> Member:
+    return Member(scene, targets_of(slabs, PATCHES_PER_SIDE), targets_of(slabs, TOKENS_PER_SIDE))
 
 
 def _member(seed: int, random: np.random.Generator, mixture: Mixture) -> Member:

@@ -20,7 +20,7 @@ from workers.demo_model.train_vision import VisionPlan, train_vision
 
 GIVEN = (
     *("seed", "steps", "minutes", "rate", "decay_from"),
-    *("studies", "slabs", "watch"),
+    *("studies", "slabs", "moved", "watch"),
     *("short", "sharpen", "carry", "first"),
 )
 
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--decay-from", type=float)
     parser.add_argument("--studies", type=int, help="vision: of each step and process")
     parser.add_argument("--slabs", type=int, help="vision: of each study")
+    parser.add_argument("--moved", type=int, help="vision: how often each scan is shown besides, moved a little")
     parser.add_argument("--watch", type=int, help="steps between looks at held-out studies")
     parser.add_argument("--short", type=float, help="decoder: share of the training with short readings")
     parser.add_argument("--sharpen", type=int, help="decoder: studies to fit the projection to; 0 leaves it as it is")

@@ -27,8 +27,9 @@ from workers.demo_model.architecture import config, start_vision, vision_config
 from workers.demo_model.makers import made
 from workers.demo_model.optimise import Optimisers, Schedule, agreed, average_gradients, knows_half
 from workers.demo_model.phantom import SLABS, build, draw_kind
-from workers.demo_model.pool import Example, Mixture, examples, expose, member_of
+from workers.demo_model.pool import Example, Mixture, examples, expose, member_of, moved
 from workers.demo_model.targets import SIGNS, Sign
+from workers.demo_model.widen import widened
 from workers.demo_model.words import IMAGE_TOKENS, vocabulary
 
 SIGN_WEIGHTS = {
@@ -67,6 +68,7 @@ class VisionPlan:
     minutes: float = float("inf")
     studies: int = 8  # per step and process
     slabs: int = 16  # of each study
+    moved: int = 0  # how often each scan is shown besides, its field of view somewhere else
     rate: float = 2e-3
     decay_from: float = 0.3
     heads: int = 30  # first steps in which only the heads learn, where tower and projector come from older weights
@@ -104,10 +106,16 @@ class Eyes(nn.Module):
         return on_patches.float(), on_tokens.float()
 
     def take_over(self, folder: Path) -> None:
-        """Tower and projector of a model folder."""
+        """Tower and projector of a model folder, which may be half as wide."""
         older = eyes_of(folder)
-        self.tower.load_state_dict(older.tower.state_dict())
-        self.projector.load_state_dict(older.projector.state_dict())
+        width, before = (len(one.projector.mm_input_projection_weight) for one in (self, older))
+        if width not in (before, 2 * before):
+            raise SystemExit(
+                f"{folder}: its tower is {before} wide; one of {width} can go on from {width} or {width // 2}"
+            )
+        for mine, its in ((self.tower, older.tower), (self.projector, older.projector)):
+            states = its.state_dict()
+            mine.load_state_dict(states if width == before else widened(states, 0))
 
     def pixels(self, images: NDArray[np.uint8]) -> Tensor:
         """(S, P, P, 3) as the tower takes them, on its device."""
@@ -193,7 +201,8 @@ def batches(plan: VisionPlan, rank: int, first: int, maker: int, makers: int) ->
     number, begin = rank * makers + maker, first // makers
     random = np.random.default_rng((plan.seed, number, begin, 1))
     for chosen in examples(plan.seed, number, begin, plan.studies, Mixture()):
-        yield batch_of(chosen, plan.slabs, random)
+        again = [moved(one, random) for one in chosen for _ in range(plan.moved)]
+        yield batch_of(chosen + again, plan.slabs, random)
 
 
 def train_vision(

@@ -27,11 +27,12 @@ from workers.demo_model.folder import new_model, write_folder
 from workers.demo_model.makers import made
 from workers.demo_model.optimise import Schedule, knows_half
 from workers.demo_model.paste import paste
-from workers.demo_model.phantom import Modality, Protocol, build, scan
-from workers.demo_model.pool import TRAINING_SEEDS, Mixture, examples, expose, member_of
+from workers.demo_model.phantom import Modality, Protocol, as_slabs, build, scan
+from workers.demo_model.pool import MOST_MOVED, TRAINING_SEEDS, Mixture, examples, expose, member_of, moved
+from workers.demo_model.render import Mask
 from workers.demo_model.sharpen import pooled, sharpen
 from workers.demo_model.slab_signs import NAMES, slab_signs
-from workers.demo_model.targets import SIGNS, Sign
+from workers.demo_model.targets import SIGNS, Sign, targets_of
 from workers.demo_model.train_decoder import DecoderPlan, load_eyes, model_with, train_decoder
 from workers.demo_model.train_vision import (
     Eyes,
@@ -102,6 +103,26 @@ def test_a_missed_nodule_of_ten_millimetres_costs_more_than_one_of_five() -> Non
         return float(dense_loss(right, present, torch.ones_like(present), diameter))
 
     assert cost(10.0) > cost(25.0) > cost(7.0) > cost(5.0)
+
+
+def test_a_moved_scan_has_its_targets_where_it_shows_them() -> None:
+    """Dark lung, its cells and the sides of the body move together."""
+    example = expose(member_of(build(3, SLABS)), np.random.default_rng(0))
+    there = moved(example, np.random.default_rng(5))
+    sides = there.member.tokens.present[..., [Sign.RIGHT, Sign.LEFT]].sum(axis=1) > 0
+
+    down, right = (int(pixels) for pixels in np.random.default_rng(5).integers(-MOST_MOVED, MOST_MOVED + 1, 2))
+    assert (down, right) != (0, 0)
+    inner = slice(MOST_MOVED, -MOST_MOVED)
+    rolled = np.roll(example.images, (down, right), axis=(1, 2))
+    assert (there.images[:, inner, inner] == rolled[:, inner, inner]).all()
+    slabs = as_slabs(there.phantom)
+    again = targets_of(slabs, 12)
+    assert (there.member.patches.present == again.present).all()
+    red, lung = there.images[..., 0], (slabs.masks & Mask.LUNG) > 0
+    assert red[lung].mean() < 0.5 * red[(slabs.masks & Mask.BODY) > 0].mean()
+    shows = example.member.tokens.present[..., [Sign.RIGHT, Sign.LEFT]].sum(axis=1) > 0
+    assert (sides == shows).mean() > 0.9
 
 
 def test_suspects_are_as_many_whatever_the_study(encoded: Encoded) -> None:
