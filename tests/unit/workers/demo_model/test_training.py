@@ -125,6 +125,18 @@ def test_a_moved_scan_has_its_targets_where_it_shows_them() -> None:
     assert (sides == shows).mean() > 0.9
 
 
+def test_a_moved_nodule_is_still_a_target() -> None:
+    """It is looked for where the field of view now is."""
+    seed = next(s for s in range(100) if (n := build(s, SLABS).findings.nodules) and n[0].diameter_mm > 12)
+    example = expose(member_of(build(seed, SLABS)), np.random.default_rng(0))
+    random = np.random.default_rng(0)
+
+    for _ in range(8):
+        there = moved(example, random).member
+        assert there.patches.present[..., Sign.NODULE].any()
+        assert (there.patches.log_diameter.max(axis=1) == example.member.patches.log_diameter.max(axis=1)).all()
+
+
 def test_suspects_are_as_many_whatever_the_study(encoded: Encoded) -> None:
     """How many tokens are shown must not tell what is there."""
     black = np.zeros((6, 120, 120, 3), np.uint8)
