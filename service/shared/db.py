@@ -9,6 +9,8 @@ erasable content is salted, and the salt is erased with the content.
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, cast
@@ -479,14 +481,29 @@ def _prepare_postgresql(connection: Any, _record: Any) -> None:
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver must not begin transactions by itself
+    connection.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+    _write_ahead(connection)
     for pragma in (
-        f"busy_timeout={BUSY_TIMEOUT_MS}",
-        "journal_mode=WAL",
         "synchronous=FULL",  # what was committed survives a power cut: Success and the outbox rest on it
         "foreign_keys=ON",
         "secure_delete=ON",  # what `forget` erases is overwritten, not only unlinked
     ):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Turn a file to WAL, once for all: whoever does it beside another is told SQLITE_BUSY at once, whatever the busy
+    timeout (two that hold a reader's lock would wait for each other), so here is the waiting.
+    """
+    until = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.01)
 
 
 def open_sessions(engine: Engine) -> sessionmaker[Session]:

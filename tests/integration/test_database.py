@@ -142,6 +142,25 @@ def test_programs_that_upgrade_at_once_wait_for_each_other(database_url: str) ->
         engine.dispose()
 
 
+def test_sqlite_that_another_program_is_just_making_is_waited_for(tmp_path: Path) -> None:
+    """SQLite's own busy timeout does not hold for the change to WAL."""
+    path = tmp_path / "medpruner.sqlite"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE begun (id INTEGER)")
+    other.execute("BEGIN IMMEDIATE")
+    engine = open_engine(f"sqlite:///{path}")
+    release = threading.Timer(0.3, lambda: other.execute("COMMIT"))
+    release.start()
+
+    with engine.begin() as connection:
+        mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
+
+    assert mode == "wal"
+    release.join()
+    other.close()
+    engine.dispose()
+
+
 def test_state_outside_its_words_is_refused_by_the_database(sessions: sessionmaker[Session]) -> None:
     """Also when it is written past the models."""
     add_study(sessions)
