@@ -1,4 +1,4 @@
-"""Shape of the demonstration model: a stock Gemma3ForConditionalGeneration of about a million weights."""
+"""Shape of the demonstration model: a stock Gemma3ForConditionalGeneration of about two million weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workers.demo_model.channels import PIXELS
 
 PATCH_PIXELS = 10
 TOKENS_PER_IMAGE = 36
-VISION_WIDTH = 96
+VISION_WIDTH = 192
 VISION_HEAD_WIDTH = 24
 TEXT_WIDTH = 128
 

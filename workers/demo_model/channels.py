@@ -1,4 +1,4 @@
-"""A stack of slabs to the three channels that the demonstration model sees. numpy alone.
+"""A stack of slabs to the three channels that the demonstration model sees. numpy and scipy.
 
 Red is the wide CT window, green the soft tissue window, blue the *blob* channel: what is brighter than
 everything long around it. It is computed on the whole stack before any pruning, on halves of slabs: in a slab of 11 mm
@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.demo_model.opening import SQUARE, Voxel, greatest_opening, lines, widened
+from workers.demo_model.thorax import hull_of_lungs
 
-THIRD_CHANNEL = "blobs in halves of slabs, and what is denser than dense_hu"  # weights say which they were trained on
+# Weights say which they were trained on.
+THIRD_CHANNEL = "blobs within the hull of the lungs in halves of slabs, and what is denser than dense_hu"
 SLABS = 24
 PIXELS = 120
 WINDOWS_HU = ((-1024, 1024), (-135, 215))
@@ -80,7 +82,9 @@ def ct_images(halves: NDArray[np.float32], voxel_mm: Voxel) -> NDArray[np.uint8]
     """Halves of slabs in HU, (2 S, P, P), to what the model's image processor gets, (S, P, P, 3)."""
     slabs = to_slabs(halves)
     channels = [_scaled(slabs, low, high) for low, high in WINDOWS_HU]
-    channels.append(_scaled(to_slabs(blobs(halves, voxel_mm)) + np.maximum(slabs - DENSE_HU, 0), 0, BLOB_FULL_HU))
+    thorax = hull_of_lungs(halves)
+    round_hu = np.where(thorax, blobs(np.where(thorax, halves, _LOW_HU), voxel_mm), 0)
+    channels.append(_scaled(to_slabs(round_hu) + np.maximum(slabs - DENSE_HU, 0), 0, BLOB_FULL_HU))
     return np.stack(channels, axis=-1)
 
 
@@ -95,7 +99,7 @@ def blobs(hu: HounsfieldUnits, voxel_mm: Voxel) -> NDArray[np.float32]:
     """How much brighter each place is than everything long that runs through it, in HU; 0 or more.
 
     A grey opening with a square of two pixels removes thin vessels; from that the greatest opening with a line of
-    LINE_MM in any of 25 directions of space is taken away: chest wall, heart, diaphragm and vessels vanish, round
+    LINE_MM in any of 49 directions of space is taken away: chest wall, heart, diaphragm and vessels vanish, round
     things stay.
     """
     step_hu = (_HIGH_HU - _LOW_HU) / 255

@@ -19,8 +19,8 @@ SMALLEST_MM = 0.5  # voxels are taken for no smaller: a line would have more poi
 
 
 def directions() -> tuple[Offset, ...]:
-    """25 directions of space, evenly enough: along the axes and the diagonals, and by one and two steps."""
-    kinds = ([0, 0, 1], [0, 1, 1], [0, 1, 2], [1, 1, 1])
+    """49 directions of space, evenly enough: along the axes and the diagonals, and by one and two steps."""
+    kinds = ([0, 0, 1], [0, 1, 1], [0, 1, 2], [1, 1, 1], [1, 1, 2], [1, 2, 2])
     steps = (-2, -1, 0, 1, 2)
     every = [(z, y, x) for z in steps for y in steps for x in steps]
     return tuple(one for one in every if one > (0, 0, 0) and sorted(map(abs, one)) in kinds)

@@ -50,7 +50,7 @@ POSITIVE_WEIGHTS = {Sign.NODULE: 3.0, Sign.CALCIFICATION: 3.0}
 SIZE_WEIGHTS = ((6.0, 0.2), (8.0, 0.7), (12.0, 2.0), (20.0, 1.2), (float("inf"), 1.4))
 SMALLEST_MEASURED_MM = 7  # the diameter of smaller ones is not asked
 PATCH_SHARE = 0.3  # of the loss on patches, beside that on the tokens, which are what the language model gets
-SLAB_SHARE = 1.2  # of the loss on a slab's likeliest true and likeliest false place for a nodule
+SLAB_SHARE = 3.0  # of the loss on a slab's likeliest true and likeliest false place for a nodule
 
 Dense = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]  # a study's part of Targets
 # Slabs of several studies: images (N, P, P, 3) uint8, then Targets of the patches and of the tokens, float16.
