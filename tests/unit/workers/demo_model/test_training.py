@@ -35,6 +35,7 @@ from workers.demo_model.slab_signs import NAMES, slab_signs
 from workers.demo_model.targets import SIGNS, Sign, targets_of
 from workers.demo_model.train_decoder import DecoderPlan, load_eyes, model_with, train_decoder
 from workers.demo_model.train_vision import (
+    SLABS_AT_ONCE,
     Eyes,
     VisionPlan,
     batches,
@@ -258,10 +259,10 @@ def test_carrying_over_needs_older_weights(tmp_path: Path) -> None:
 
 
 def test_half_precision_gives_nearly_the_same() -> None:
-    """Signs and gradients of the tower in bfloat16 are those in float32."""
+    """Signs and gradients of the tower in bfloat16, slabs in parts, are those in float32."""
     torch.set_num_threads(1)
     eyes = Eyes(0)
-    pixels = torch.randn(2, 3, 120, 120, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(SLABS_AT_ONCE + 2, 3, 120, 120, generator=torch.Generator().manual_seed(0))
     weight = eyes.tower.encoder.layers[0].mlp.fc1.weight
     found = []
     for run in (eyes, eyes.in_half):
