@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.demo_model.opening import SQUARE, Voxel, greatest_opening, lines, widened
-from workers.demo_model.thorax import hull_of_lungs
+from workers.demo_model.thorax import hull_of_each_lung, hull_of_lungs, lungs_of, massive
 
-# Weights say which they were trained on.
-THIRD_CHANNEL = "blobs within the hull of the lungs in halves of slabs, and what is denser than dense_hu"
+# Weights say which they are to be shown.
+THIRD_CHANNEL = "blobs in the lungs and at the mediastinum in halves of slabs, and what is denser than dense_hu"
 SLABS = 24
 PIXELS = 120
 WINDOWS_HU = ((-1024, 1024), (-135, 215))
@@ -82,10 +82,28 @@ def ct_images(halves: NDArray[np.float32], voxel_mm: Voxel) -> NDArray[np.uint8]
     """Halves of slabs in HU, (2 S, P, P), to what the model's image processor gets, (S, P, P, 3)."""
     slabs = to_slabs(halves)
     channels = [_scaled(slabs, low, high) for low, high in WINDOWS_HU]
-    thorax = hull_of_lungs(halves)
-    round_hu = np.where(thorax, blobs(np.where(thorax, halves, _LOW_HU), voxel_mm), 0)
-    channels.append(_scaled(to_slabs(round_hu) + np.maximum(slabs - DENSE_HU, 0), 0, BLOB_FULL_HU))
+    round_hu = to_slabs(round_in_lungs(halves, voxel_mm))
+    channels.append(_scaled(round_hu + np.maximum(slabs - DENSE_HU, 0), 0, BLOB_FULL_HU))
     return np.stack(channels, axis=-1)
+
+
+def round_in_lungs(halves: NDArray[np.float32], voxel_mm: Voxel) -> NDArray[np.float32]:
+    """(2 S, P, P) in HU: blobs within the hull of both lungs, or at the mediastinum.
+
+    A line from the mediastinum through a nodule at it is long. With organs dark it is not, but then notches between
+    them look round as well; others do within the hull of each lung, where most of the mediastinum is dark. What is
+    round in both is a blob too.
+    """
+    lungs = lungs_of(halves)
+    both = hull_of_lungs(lungs)
+    each = both & hull_of_each_lung(lungs, voxel_mm)
+    free = both & ~massive(halves, both, voxel_mm)
+    inside, in_each, in_free = (_blobs_within(one, halves, voxel_mm) for one in (both, each, free))
+    return np.maximum(inside, np.minimum(in_each, in_free))
+
+
+def _blobs_within(mask: NDArray[np.bool_], halves: NDArray[np.float32], voxel_mm: Voxel) -> NDArray[np.float32]:
+    return np.where(mask, blobs(np.where(mask, halves, _LOW_HU), voxel_mm), 0)
 
 
 def mr_images(values: HounsfieldUnits) -> NDArray[np.uint8]:

@@ -31,6 +31,7 @@ from workers.questions import NODULE_DIAMETERS_MM, Question, questions_about
 # different studies part are worth more, and whether there is a nodule is the hardest to see.
 FIXED, ATTRIBUTE, PRESENCE, NODULE_PRESENCE = 0.15, 1.5, 3.0, 8.0
 UNCLAIMED = 0.5  # times those of a nodule below what is claimed: what cannot be seen teaches guessing
+NO_NODULE = 1.3  # times those of a study without: half of the chests in training have one
 REPEATED = 0.6  # what the impression says again
 ANSWER, NODULE_ANSWER, END_OF_ANSWER = 1.5, 3.0, 0.1
 PARTING_WORDS = frozenset(
@@ -119,7 +120,9 @@ def _ids(words: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
 
 def weight_of_nodule(labels: Labels) -> float:
     """Factor for whether there is a nodule."""
-    largest = max((nodule.diameter_mm for nodule in labels.nodules), default=SMALLEST_CLAIMED_MM)
+    if not labels.nodules:
+        return NO_NODULE
+    largest = max(nodule.diameter_mm for nodule in labels.nodules)
     return 1.0 if largest >= SMALLEST_CLAIMED_MM else UNCLAIMED
 
 

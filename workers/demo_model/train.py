@@ -49,10 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, help="be this one of the processes, and start none")
     parser.add_argument("--port", type=int, default=29517)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="assemble: where the model folder goes")
+    parser.add_argument("--mean-with", type=Path, help="assemble: a model folder; write the mean with it")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.stage == "assemble":
-        assemble(options.folder, options.out)
+        assemble(options.folder, options.out, options.mean_with)
         return 0
     if options.rank is not None:
         _work(options.rank, options)

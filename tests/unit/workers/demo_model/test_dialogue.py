@@ -150,13 +150,13 @@ def test_the_decoded_sentence_of_another_body_has_no_nodule_to_weigh(writer: Wri
     assert max(report_weights(words, other)) == PRESENCE
 
 
-def test_a_nodule_below_what_is_claimed_weighs_less() -> None:
-    """What cannot be seen teaches guessing."""
+def test_a_nodule_below_what_is_claimed_weighs_less_and_none_more() -> None:
+    """What cannot be seen teaches guessing; half of the chests in training have a nodule, fewer of those in use."""
     tiny, claimed = (
         weight_of_nodule(replace(LABELS, nodules=(replace(LABELS.nodules[0], diameter_mm=diameter_mm),)))
         for diameter_mm in (6, 8)
     )
-    assert tiny < claimed == weight_of_nodule(Labels())
+    assert tiny < claimed < weight_of_nodule(Labels())
 
 
 def test_places_are_the_slabs_that_hold_the_findings() -> None:

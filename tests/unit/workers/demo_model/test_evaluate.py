@@ -75,6 +75,25 @@ def test_assembled_weights_are_the_trained_ones(tmp_path: Path) -> None:
     assert torch.equal(weight, dict(model.named_parameters())[name].bfloat16().float())
 
 
+def test_mean_of_two_trainings_is_assembled(folder: Path, tmp_path: Path) -> None:
+    """Half of what was trained, half of what it began with."""
+    model = new_model(1)
+    torch.save({"model": model.state_dict()}, tmp_path / "decoder.pt")
+
+    assemble(tmp_path, tmp_path / "made", mean_with=folder)
+
+    before, after, mean = (
+        next(weight for name, weight in one.named_parameters() if name.endswith("q_proj.weight"))
+        for one in (
+            type(model).from_pretrained(folder, dtype=torch.float32),
+            model.bfloat16().float(),
+            type(model).from_pretrained(tmp_path / "made", dtype=torch.float32),
+        )
+    )
+    assert not torch.equal(before, after)
+    assert torch.equal(mean, ((before + after) / 2).bfloat16().float())
+
+
 def test_slab_protocol_needs_no_resampling() -> None:
     """A phantom rendered as halves of slabs goes in as it is, two and two."""
     phantom = generate(1, SLABS)
